@@ -1,0 +1,237 @@
+"""The unified model: one transformer that reads words and images, writes words, and draws.
+
+One rule covers everything that it does. Left of the bar is the prefix, right of it what the model is asked for:
+
+    t2i     <bos> caption words <eos> <pad>   | image             text to image: what pre-training does
+    t2t     <bos> caption words <eos> <pad>   | another wording   the language side
+    i2t     <bos> visual words w_1 ... w_K    | caption words     understanding
+    recon   <bos> visual words w_1 ... w_K    | image             Reconstruction Alignment, arXiv 2509.07295
+    edit    <bos> visual words, instruction   | image             at inference only
+
+*Visual words* are the image as the understanding encoder sees it, said in the model's own language. K learned queries
+(BLIP-2, arXiv 2301.12597) attend to the encoder's patch tokens, each gives logits over the vocabulary, and what is passed
+on is the expected word embedding, softmax(logits) @ wte (AlignVLM, arXiv 2502.01341). They stand exactly where a caption's
+words would: one-hot visual words ARE a caption. That is why t2i and recon are one loss with two prefixes.
+
+The prefix is causal and never sees the image; so its keys and values are computed once and reused by every sampling step.
+
+Flow convention: x_t = t * image + (1 - t) * noise. t = 0 is noise, t = 1 the image, velocity = image - noise.
+
+# B batch, T prefix length, K = T - 1 visual words, N image positions, S any sequence, D width, H heads, V words, P pixels of a patch
+"""
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from einops import rearrange
+
+
+@dataclass
+class ModelConfig:
+    """The sizes of the transformer; plain numbers, so that a checkpoint can hold them."""
+    vocab_size: int = 38
+    text_len: int = 18            # T: <bos> and 17 words
+    image_size: int = 48
+    patch_size: int = 16
+    width: int = 128
+    depth: int = 6
+    heads: int = 4
+    encoder_width: int = 128      # width of the understanding encoder's patch tokens
+    connector_depth: int = 3
+    noise_scale: float = 2.0      # standard deviation of the noise: larger for larger patches, arXiv 2511.13720
+
+    @property
+    def image_len(self) -> int:
+        return (self.image_size // self.patch_size) ** 2
+
+
+class KVCache:
+    """Keys and values of what was read so far: (depth, B, H, length, D / H), room for `length` positions."""
+
+    def __init__(self, cfg: ModelConfig, batch: int, length: int, device, dtype):
+        shape = (cfg.depth, 2, batch, cfg.heads, length, cfg.width // cfg.heads)
+        self.kv, self.length = torch.empty(shape, device=device, dtype=dtype), 0
+
+    def extend(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What is cached followed by k, v. They stay only if `length` is moved on: an image in the making is written over."""
+        end = self.length + k.shape[2]
+        self.kv[layer, 0, :, :, self.length:end], self.kv[layer, 1, :, :, self.length:end] = k, v
+        return self.kv[layer, 0, :, :, :end], self.kv[layer, 1, :, :, :end]
+
+
+class Attention(nn.Module):
+    """Multi-head attention; queries from x, keys and values from x or from `context`."""
+
+    def __init__(self, width: int, heads: int, context_width: int | None = None):
+        super().__init__()
+        self.heads = heads
+        self.q_proj = nn.Linear(width, width, bias=False)
+        self.kv_proj = nn.Linear(context_width or width, 2 * width, bias=False)
+        self.out_proj = nn.Linear(width, width, bias=False)
+
+    def forward(self, x, context=None, mask=None, cache: KVCache | None = None, layer: int = 0):
+        q = rearrange(self.q_proj(x), "b s (h d) -> b h s d", h=self.heads)
+        k, v = rearrange(self.kv_proj(x if context is None else context), "b s (two h d) -> two b h s d", two=2, h=self.heads)
+        if cache is not None:
+            k, v = cache.extend(layer, k, v)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)            # (B, H, S, D / H)
+        return self.out_proj(rearrange(out, "b h s d -> b s (h d)"))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block: attention, optional cross-attention to `context`, MLP. RMSNorm, no biases."""
+
+    def __init__(self, width: int, heads: int, context_width: int | None = None):
+        super().__init__()
+        self.norm1, self.attn = nn.RMSNorm(width), Attention(width, heads)
+        if context_width:
+            self.norm_cross, self.cross = nn.RMSNorm(width), Attention(width, heads, context_width)
+        self.norm2 = nn.RMSNorm(width)
+        self.up_proj, self.down_proj = nn.Linear(width, 4 * width, bias=False), nn.Linear(4 * width, width, bias=False)
+
+    def forward(self, x, mask=None, context=None, cache=None, layer=0):
+        x = x + self.attn(self.norm1(x), mask=mask, cache=cache, layer=layer)
+        if context is not None:
+            x = x + self.cross(self.norm_cross(x), context=context)
+        return x + self.down_proj(F.gelu(self.up_proj(self.norm2(x)), approximate="tanh"))
+
+
+class Connector(nn.Module):
+    """Patch tokens of the understanding encoder -> logits of K visual words."""
+
+    def __init__(self, cfg: ModelConfig):
+        super().__init__()
+        self.queries = nn.Parameter(torch.empty(cfg.text_len - 1, cfg.width))
+        self.norm_in = nn.RMSNorm(cfg.encoder_width)
+        self.blocks = nn.ModuleList(Block(cfg.width, cfg.heads, cfg.encoder_width) for _ in range(cfg.connector_depth))
+        self.norm = nn.RMSNorm(cfg.width)
+        self.word_head = nn.Linear(cfg.width, cfg.vocab_size, bias=False)
+
+    def forward(self, patch_tokens):                                             # (B, tokens, encoder width)
+        context = self.norm_in(patch_tokens)
+        x = self.queries.expand(len(context), -1, -1)                            # (B, K, D)
+        for block in self.blocks:
+            x = block(x, context=context)
+        return self.word_head(self.norm(x))                                      # (B, K, V)
+
+
+class TimeEmbedding(nn.Module):
+    """t in [0, 1], any shape -> (..., D): sines and cosines, then an MLP (arXiv 2212.09748)."""
+
+    def __init__(self, width: int, frequencies: int = 64):
+        super().__init__()
+        self.register_buffer("freqs", 1000 * torch.exp(-torch.arange(frequencies) / frequencies * 9.2103), persistent=False)  # 1000 ... 0.1
+        self.mlp = nn.Sequential(nn.Linear(2 * frequencies, width), nn.SiLU(), nn.Linear(width, width))
+
+    def forward(self, t):
+        angles = t.float()[..., None] * self.freqs
+        return self.mlp(torch.cat([angles.cos(), angles.sin()], -1))
+
+
+class UnifiedModel(nn.Module):
+    """Words, visual words and image positions through one causal-then-full transformer, an AR head and a flow head."""
+
+    def __init__(self, cfg: ModelConfig):
+        super().__init__()
+        assert cfg.image_size % cfg.patch_size == 0, f"{cfg.image_size=} must be a multiple of {cfg.patch_size=}"
+        assert cfg.width % cfg.heads == 0, f"{cfg.width=} must be a multiple of {cfg.heads=}"
+        self.cfg = cfg
+        pixels = 3 * cfg.patch_size ** 2
+        self.wte = nn.Embedding(cfg.vocab_size, cfg.width)
+        self.text_pos = nn.Parameter(torch.empty(2 * cfg.text_len, cfg.width))   # a prefix, and the words that answer it
+        self.image_pos = nn.Parameter(torch.empty(cfg.image_len, cfg.width))
+        self.patch_embed = nn.Linear(pixels, cfg.width)
+        self.t_embed = TimeEmbedding(cfg.width)
+        self.blocks = nn.ModuleList(Block(cfg.width, cfg.heads) for _ in range(cfg.depth))
+        self.norm = nn.RMSNorm(cfg.width)
+        self.lm_head = nn.Linear(cfg.width, cfg.vocab_size, bias=False)
+        self.flow_head = nn.Linear(cfg.width, pixels)
+        self.connector = Connector(cfg)
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self):
+        """All initial values, in one place: normal(0.02), residual outputs smaller with depth, heads at zero."""
+        for name, p in self.named_parameters():
+            if p.ndim == 1:
+                nn.init.ones_(p) if "norm" in name else nn.init.zeros_(p)
+            else:
+                nn.init.normal_(p, std=0.02)
+        for module in (self, self.connector):
+            for block in module.blocks:
+                for out in (block.attn.out_proj, block.down_proj):
+                    out.weight.div_((2 * len(module.blocks)) ** 0.5)
+        nn.init.zeros_(self.flow_head.weight)
+        nn.init.zeros_(self.lm_head.weight)
+
+    # -- prefixes ------------------------------------------------------------------------------------------------------
+
+    def text_prefix(self, ids):
+        """Words (B, T) -> prefix (B, T, D)."""
+        return self.wte(ids)
+
+    def visual_words(self, patch_tokens):
+        """Encoder patch tokens (B, tokens, D_enc) -> probabilities (B, K, V): each visual word is a mixture of words."""
+        return self.connector(patch_tokens).float().softmax(-1)
+
+    def visual_prefix(self, words):
+        """Visual words (B, K, V) -> prefix (B, T, D): <bos>, then expected word embeddings. One-hot words give text_prefix."""
+        bos = self.wte.weight[1].expand(len(words), 1, -1)                       # data.BOS
+        return torch.cat([bos, (words @ self.wte.weight).to(bos.dtype)], 1)
+
+    # -- the transformer -----------------------------------------------------------------------------------------------
+
+    def trunk(self, x, mask=None, cache=None):
+        """Embedded positions (B, S, D) -> hidden states (B, S, D). `mask` (S, S): True where a row may see a column."""
+        for layer, block in enumerate(self.blocks):
+            x = block(x, mask=mask, cache=cache, layer=layer)
+        return self.norm(x)
+
+    def text_logits(self, prefix, ids=None):
+        """Logits of the words that follow `prefix` (B, T, D), given those so far, `ids` (B, S): (B, S + 1, V)."""
+        x = prefix if ids is None or not ids.shape[1] else torch.cat([prefix, self.wte(ids)], 1)
+        x = x + self.text_pos[: x.shape[1]]
+        h = self.trunk(x, causal_mask(x.shape[1], x.shape[1], x.device))
+        return self.lm_head(h[:, prefix.shape[1] - 1:])
+
+    def image_input(self, x_t, t):
+        """Noised patches (B, N, P) and their time (B,) -> image positions (B, N, D)."""
+        return self.patch_embed(x_t) + self.image_pos + self.t_embed(t)[:, None]
+
+    def predict_image(self, prefix, x_t, t):
+        """The clean patches that the model sees in x_t, given a prefix: (B, T, D), (B, N, P), (B,) -> (B, N, P)."""
+        T, N = prefix.shape[1], x_t.shape[1]
+        x = torch.cat([prefix + self.text_pos[:T], self.image_input(x_t, t)], 1)
+        h = self.trunk(x, causal_mask(T + N, T, x.device))
+        return self.flow_head(h[:, T:])
+
+    def read_prefix(self, prefix) -> KVCache:
+        """The prefix' keys and values, with room for the image: computed once, used by every sampling step."""
+        B, T, _ = prefix.shape
+        cache = KVCache(self.cfg, B, T + self.cfg.image_len, prefix.device, prefix.dtype)
+        self.trunk(prefix + self.text_pos[:T], causal_mask(T, T, prefix.device), cache)
+        cache.length = T
+        return cache
+
+    def predict_image_cached(self, cache, x_t, t):
+        """`predict_image` with the prefix already read."""
+        return self.flow_head(self.trunk(self.image_input(x_t, t), cache=cache))
+
+
+def causal_mask(length: int, text: int, device) -> torch.Tensor:
+    """(length, length), True where a row may see a column: causal over the first `text`, the image after it sees all."""
+    row = torch.arange(length, device=device)[:, None]
+    return (row >= torch.arange(length, device=device)) | (row >= text)
+
+
+def patchify(images, patch_size: int):
+    """Images (B, 3, H, W) in [0, 1] -> patches (B, N, P) in [-1, 1]."""
+    return rearrange(images * 2 - 1, "b c (h p) (w q) -> b (h w) (p q c)", p=patch_size, q=patch_size)
+
+
+def unpatchify(patches, patch_size: int):
+    """Patches (B, N, P) in [-1, 1] -> images (B, 3, H, W) in [0, 1], clamped."""
+    side = int(patches.shape[1] ** 0.5)
+    images = rearrange(patches, "b (h w) (p q c) -> b c (h p) (w q)", h=side, p=patch_size, q=patch_size)
+    return (images / 2 + 0.5).clamp(0, 1)
