@@ -104,12 +104,12 @@ USUAL_COLOR = [0, 5, 3, 2, 6, 1]  # by shape: red circles, blue squares, green t
 BACKGROUNDS = [(46, 46, 46), (107, 107, 107)]
 NUMBERS = ["one", "two", "three", "four"]
 OPPOSITE = {"left": "right", "right": "left", "above": "below", "below": "above"}
+PLACES = [f"{row} {column}" for row in ("top", "middle", "bottom") for column in ("left", "center", "right")]  # by cell
 RELATION_WORDS = {"left": "left of", "right": "right of", "above": "above", "below": "below"}
 
 KINDS = {"single": 0.32, "group": 0.23, "pair": 0.35, "several": 0.10}  # share of scenes of each kind
 USUAL = 0.7           # share of objects with their shape's usual colour, in biased scenes
-NAME_COLOR = 0.05     # a sparse caption names a colour in one mention of twenty
-NAME_RELATION = 0.3   # and the relation in three captions of ten
+SPARSE = (0.05, 0.3, 0.0)  # a sparse caption names a color in 1 mention of 20, the relation in 3 of 10, a place never
 TEXT_LEN = 18         # <bos> and 17 words: "a red circle left of a blue star and a white cross above a cyan square"
 
 
@@ -159,14 +159,19 @@ def random_scene(rng: random.Random, biased: bool, kind: str | None = None) -> S
 # The shapes world: captions, and back
 
 
-def describe(scene: Scene, rng: random.Random, name_color: float = 1.0, name_relation: float = 1.0) -> str:
-    """A caption in a random wording. Chances 1 and 1 give a full description, NAME_COLOR and NAME_RELATION a sparse one."""
+def describe(scene: Scene, rng: random.Random, name_color: float = 1.0, name_relation: float = 1.0, name_place: float = 0.5) -> str:
+    """A caption in a random wording: chances that a color, a relation and, in place of relations, the places are named.
+
+    1, 1 and any third number give a full description; SPARSE gives the generator's captions.
+    """
+    placed = rng.random() < name_place and scene.kind != "group" and len(scene.things) < 4
+
     def phrase(thing: Thing, count: int = 1) -> str:
         color = COLORS[thing.color] + " " if rng.random() < name_color else ""
         if count > 1:
             return f"{NUMBERS[count - 1]} {color}{PLURALS[thing.shape]}"
         article = "one" if rng.random() < 0.25 else "an" if color == "orange " else "a"
-        return f"{article} {color}{SHAPES[thing.shape]}"
+        return f"{article} {color}{SHAPES[thing.shape]}" + (f" {PLACES[thing.cell]}" if placed else "")
 
     if scene.kind == "group":
         return phrase(scene.things[0], len(scene.things))
@@ -174,7 +179,8 @@ def describe(scene: Scene, rng: random.Random, name_color: float = 1.0, name_rel
     for pair in (scene.things[:2], scene.things[2:]):
         pair = rng.sample(pair, len(pair))  # either may be the subject
         if len(pair) == 2:
-            link = RELATION_WORDS[relation(pair[0].cell, pair[1].cell)] if rng.random() < name_relation else "and"
+            named = not placed and rng.random() < name_relation
+            link = RELATION_WORDS[relation(pair[0].cell, pair[1].cell)] if named else "and"
             parts.append(f"{phrase(pair[0])} {link} {phrase(pair[1])}")
         elif pair:
             parts.append(phrase(pair[0]))
@@ -184,8 +190,8 @@ def describe(scene: Scene, rng: random.Random, name_color: float = 1.0, name_rel
 
 @dataclass(frozen=True)
 class Claim:
-    """What a caption or prompt says: phrases (count, color or None, shape), and relations (i, name, j) between them."""
-    phrases: tuple[tuple[int, int | None, int], ...]
+    """What a caption or prompt says: phrases (count, color or None, shape, cell or None), relations (i, name, j) between them."""
+    phrases: tuple[tuple[int, int | None, int, int | None], ...]
     relations: tuple[tuple[int, str, int], ...]
 
 
@@ -199,7 +205,10 @@ def parse(text: str) -> Claim | None:
         names = SHAPES if count == 1 else PLURALS
         if count is None or not words or words[0] not in names:
             return None
-        phrases.append((count, color, names.index(words.pop(0))))
+        shape, place = names.index(words.pop(0)), " ".join(words[:2])
+        cell = PLACES.index(place) if place in PLACES else None
+        words = words if cell is None else words[2:]
+        phrases.append((count, color, shape, cell))
         if link:
             relations.append((len(phrases) - 2, link, len(phrases) - 1))
         if not words:
@@ -220,11 +229,11 @@ def holds(claim: Claim, grid) -> bool:
     grid: the GRID * GRID cells as ints (0 empty); a negative cell is an object that could not be read: no claim holds.
     """
     things = [Thing((c - 1) // len(COLORS), (c - 1) % len(COLORS), i) for i, c in enumerate(grid) if c]
-    if min(grid) < 0 or len(things) != sum(count for count, _, _ in claim.phrases):
+    if min(grid) < 0 or len(things) != sum(phrase[0] for phrase in claim.phrases):
         return False
     found = []
-    for count, color, shape in claim.phrases:
-        alike = [t for t in things if t.shape == shape and color in (None, t.color)]
+    for count, color, shape, cell in claim.phrases:
+        alike = [t for t in things if t.shape == shape and color in (None, t.color) and cell in (None, t.cell)]
         if len(alike) != count:
             return False
         found.append(alike[0].cell)
@@ -232,9 +241,10 @@ def holds(claim: Claim, grid) -> bool:
 
 
 def is_full(claim: Claim) -> bool:
-    """Whether a claim names every colour, and a relation wherever two or more objects differ."""
-    wanted = len(claim.phrases) // 2
-    return all(color is not None for _, color, _ in claim.phrases) and len(claim.relations) >= wanted
+    """Whether a claim names every color, and where objects differ either a relation for each pair or every place."""
+    phrases = claim.phrases
+    placed = all(phrase[3] is not None for phrase in phrases)
+    return all(phrase[1] is not None for phrase in phrases) and (placed or len(claim.relations) >= len(phrases) // 2)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -309,7 +319,7 @@ class Shapes(Dataset):
     def __getitems__(self, keys: list[tuple[int, int]]) -> dict[str, torch.Tensor]:
         scenes = [self.scene(index) for _, index in keys]
         rngs = [random.Random(f"{self.seed} {self.split} {key}") for key in keys]
-        chances = {"caption": (NAME_COLOR, NAME_RELATION), "full": (1, 1), "wording": (1, 1)}
+        chances = {"caption": SPARSE, "full": (), "wording": ()}
         texts = {name: torch.tensor([self.vocabulary.encode(describe(s, r, *chance), self.text_len) for s, r in zip(scenes, rngs)])
                  for name, chance in chances.items()}
         grid = torch.tensor([to_grid(s) for s in scenes])
@@ -318,7 +328,7 @@ class Shapes(Dataset):
 
 
 def shapes_words() -> list[str]:
-    return ["a", "an", "and", "left", "right", "above", "below", "of"] + NUMBERS + COLORS + SHAPES + PLURALS
+    return ["a", "an", "and", "left", "right", "above", "below", "of", "top", "middle", "bottom", "center"] + NUMBERS + COLORS + SHAPES + PLURALS
 
 
 # ----------------------------------------------------------------------------------------------------------------------
