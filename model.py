@@ -19,6 +19,7 @@ Flow convention: x_t = t * image + (1 - t) * noise. t = 0 is noise, t = 1 the im
 
 # B batch, T prefix length, K = T - 1 visual words, N image positions, S any sequence, D width, H heads, V words, P pixels of a patch
 """
+import math
 from dataclasses import dataclass
 
 import torch
@@ -165,6 +166,10 @@ class UnifiedModel(nn.Module):
         nn.init.zeros_(self.flow_head.weight)
         nn.init.zeros_(self.lm_head.weight)
 
+    @property
+    def device(self):
+        return self.wte.weight.device
+
     # -- prefixes ------------------------------------------------------------------------------------------------------
 
     def text_prefix(self, ids):
@@ -217,6 +222,45 @@ class UnifiedModel(nn.Module):
     def predict_image_cached(self, cache, x_t, t):
         """`predict_image` with the prefix already read."""
         return self.flow_head(self.trunk(self.image_input(x_t, t), cache=cache))
+
+
+class CaptionTower(nn.Module):
+    """The throw-away text side that trains an understanding encoder from scratch, as CoCa does (arXiv 2205.01917; SigLIP 2 too).
+
+    Causal blocks read the caption alone: their state at <eos> is the text embedding, to be contrasted with the image's.
+    Further causal blocks attend to the patch tokens and write the caption: that term is what makes an encoder say which
+    object has which color; contrast alone leaves a bag of words (arXiv 2210.01936).
+    """
+
+    def __init__(self, vocab_size: int, text_len: int, width: int, encoder_width: int, uni: int = 1, multi: int = 2, heads: int = 4):
+        super().__init__()
+        self.wte = nn.Embedding(vocab_size, width)
+        self.text_pos = nn.Parameter(torch.empty(text_len, width))
+        self.blocks = nn.ModuleList([Block(width, heads) for _ in range(uni)] + [Block(width, heads, encoder_width) for _ in range(multi)])
+        self.uni = uni
+        self.norm_text, self.norm = nn.RMSNorm(width), nn.RMSNorm(width)
+        self.text_proj = nn.Linear(width, encoder_width, bias=False)
+        self.lm_head = nn.Linear(width, vocab_size, bias=False)
+        self.log_scale, self.bias = nn.Parameter(torch.empty(())), nn.Parameter(torch.empty(()))
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self):
+        for p in self.parameters():
+            nn.init.ones_(p) if p.ndim == 1 else nn.init.normal_(p, std=0.02)
+        self.log_scale.fill_(math.log(10)), self.bias.fill_(-10)                 # arXiv 2303.15343, section 3.2
+
+    def forward(self, ids, patch_tokens):
+        """Captions (B, T), patch tokens (B, tokens, D_enc) -> text embedding (B, D_enc), next-word logits (B, T, V)."""
+        x = self.wte(ids) + self.text_pos[: ids.shape[1]]
+        mask = causal_mask(ids.shape[1], ids.shape[1], ids.device)
+        for block in self.blocks[: self.uni]:
+            x = block(x, mask=mask)
+        end = (ids == 2).int().argmax(1)                                         # data.EOS
+        text = self.text_proj(self.norm_text(x[torch.arange(len(x), device=x.device), end]))
+        for block in self.blocks[self.uni:]:
+            x = block(x, mask=mask, context=patch_tokens)
+        return text, self.lm_head(self.norm(x))
 
 
 def causal_mask(length: int, text: int, device) -> torch.Tensor:

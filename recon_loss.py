@@ -1,69 +1,182 @@
-"""Where is the reconstruction loss? Here: `recon_loss`.
+"""Where is the reconstruction loss? Here: `recon_loss`, and everything between the image and the scalar is in this file.
+
+Reconstruction Alignment (RecA, arXiv 2509.07295) asks a model to draw an image again from what its own understanding
+encoder saw of it. No caption is used. The condition is the image's visual words (see model.py), and the loss is the
+one that the model was pre-trained with:
+
+    t2i_loss      caption's words           -> image_loss     text to image, pre-training
+    recon_loss    the image's visual words  -> image_loss     RecA: the same line with another prefix
+
+    image_loss is `flow_loss`.
+
+Around it stand the language losses: i2t (understanding; keeps it alive where weights are shared), t2t (what "left of"
+means), and the two losses that train a small understanding encoder from scratch.
+
+Flow convention, here and everywhere: x_t = t * image + (1 - t) * noise. t = 0 is noise, t = 1 the image, and
+velocity = image - noise points from noise to image.
 
 # B batch, T prefix length, K visual words, N image positions, D width, V words, P pixels of a patch
 """
 import torch
 import torch.nn.functional as F
 
-from data import PAD
+from data import BOS, EOS, PAD
 from model import patchify
 
-LOGIT_NORMAL_MEAN = -1.0
+LOGIT_NORMAL_MEAN = -1.0  # t = sigmoid(N(mean, std)); arXiv 2511.13720 has -0.8. Layout and color are decided at small t
 LOGIT_NORMAL_STD = 1.0
-MIN_ONE_MINUS_T = 0.1
-DROP = 0.1
+MIN_ONE_MINUS_T = 0.1     # the velocity loss weighs by 1 / (1 - t)^2, which has to stay finite; 0.05 in arXiv 2511.13720
+DROP = 0.1                # share of conditions dropped for classifier-free guidance, arXiv 2207.12598
+
+# ----------------------------------------------------------------------------------------------------------------------
+# From a prefix and an image to a scalar
 
 
 def interpolate(image, noise, t):
+    """x_t = t * image + (1 - t) * noise: the straight path of rectified flow (arXiv 2209.03003, eq. 1)."""
     return t * image + (1 - t) * noise
 
 
+def velocity(x_pred, x_t, t):
+    """v = (x_pred - x_t) / (1 - t): from a predicted image to the velocity (arXiv 2511.13720, eq. 6). t below 1."""
+    return (x_pred - x_t) / (1 - t)
+
+
 def flow_loss(model, prefix, images):
-    """Rectified flow with x-prediction and velocity loss."""
+    """E |v_pred - v|^2 with x-prediction: |x_pred - image|^2 / max(1 - t, 0.1)^2 (arXiv 2511.13720, eq. 6; one t an image).
+
+    prefix (B, T, D), images (B, 3, H, W) in [0, 1] -> scalar.
+    """
     cfg = model.cfg
     x = patchify(images, cfg.patch_size)                                         # (B, N, P)
-    noise = torch.randn_like(x) * cfg.noise_scale
+    noise = torch.randn_like(x) * cfg.noise_scale                                # (B, N, P)
     t = torch.sigmoid(LOGIT_NORMAL_MEAN + LOGIT_NORMAL_STD * torch.randn(len(x), 1, 1, device=x.device))
-    x_t = interpolate(x, noise, t)
-    x_pred = model.predict_image(prefix, x_t, t[:, 0, 0])
+    x_t = interpolate(x, noise, t)                                               # (B, N, P)
+    x_pred = model.predict_image(prefix, x_t, t[:, 0, 0])                        # (B, N, P)
     return (((x_pred - x) / (1 - t).clamp(min=MIN_ONE_MINUS_T)) ** 2).mean()
 
 
-def drop_prefix(model, prefix, p):
-    null = model.text_prefix(null_caption(model.cfg, prefix.device))
-    keep = torch.rand(len(prefix), 1, 1, device=prefix.device) >= p
-    return torch.where(keep, prefix, null)
-
-
-def null_caption(cfg, device):
-    return torch.tensor([[1, 2] + [PAD] * (cfg.text_len - 2)], device=device)
-
-
-def t2i_loss(model, caption, images):
-    return flow_loss(model, drop_prefix(model, model.text_prefix(caption), DROP), images)
-
-
-def recon_loss(model, encoder, images):
-    with torch.no_grad():
-        features = encoder(images).patch_tokens                                  # (B, tokens, D_enc)
-        prefix = model.visual_prefix(model.visual_words(features))               # (B, T, D)
+def image_loss(model, prefix, images):
+    """The model's own image loss after a prefix, with one condition in ten dropped. (B, T, D), (B, 3, H, W) -> scalar."""
     return flow_loss(model, drop_prefix(model, prefix, DROP), images)
 
 
-def text_loss(model, prefix, target):
-    words = target[:, 1:]                                                        # without <bos>
-    logits = model.text_logits(prefix, words[:, :-1])
-    return F.cross_entropy(logits.flatten(0, 1).float(), words.flatten(), ignore_index=PAD)
+def null_caption(cfg, device):
+    """The empty condition (1, T): <bos> <eos> <pad> ..."""
+    return torch.tensor([[BOS, EOS] + [PAD] * (cfg.text_len - 2)], device=device)
+
+
+def drop_prefix(model, prefix, p):
+    """Each prefix (T, D) of the batch becomes the empty condition with chance p."""
+    null = model.text_prefix(null_caption(model.cfg, prefix.device))             # (1, T, D)
+    keep = torch.rand(len(prefix), 1, 1, device=prefix.device) >= p
+    return torch.where(keep, prefix, null.to(prefix.dtype))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The losses of the unified model: left of the bar another prefix, right of it image_loss or text_loss
+
+
+def t2i_loss(model, caption, images):
+    """-log p(image | caption): pre-training. caption (B, T), images (B, 3, H, W)."""
+    return image_loss(model, model.text_prefix(caption), images)
+
+
+def recon_loss(model, encoder, images, train_connector=False):
+    """RecA, arXiv 2509.07295: -log p(image | what the understanding encoder sees of it). images (B, 3, H, W) -> scalar.
+
+    Nothing on the condition's side gets a gradient: not the encoder, not the connector, not through it the word embeddings,
+    lest words drift to new meanings. `train_connector` lets the last two learn (photographs, where captions taught too little).
+    """
+    with torch.set_grad_enabled(train_connector and torch.is_grad_enabled()):
+        prefix = model.visual_prefix(see(model, encoder, images, train_connector))   # (B, T, D)
+    return image_loss(model, prefix, images)
+
+
+def i2t_loss(model, encoder, images, caption, train_connector=False):
+    """-log p(caption | visual words): understanding. images (B, 3, H, W), caption (B, T) -> scalar, visual words (B, K, V)."""
+    words = see(model, encoder, images, train_connector)
+    return text_loss(model, model.visual_prefix(words), caption), words
 
 
 def t2t_loss(model, caption, wording):
+    """-log p(wording | caption): the same said in other words. Both (B, T)."""
     return text_loss(model, model.text_prefix(caption), wording)
 
 
-def i2t_loss(model, encoder, images, caption, entropy=0.0):
+def text_loss(model, prefix, target):
+    """Next-word cross-entropy; <pad> is not predicted. prefix (B, T, D), target (B, T): <bos> words <eos> <pad>."""
+    words = target[:, 1:]                                                        # (B, T - 1), without <bos>
+    logits = model.text_logits(prefix, words[:, :-1])                            # (B, T - 1, V)
+    return F.cross_entropy(logits.flatten(0, 1).float(), words.flatten(), ignore_index=PAD)
+
+
+def see(model, encoder, images, train_connector=False):
+    """Images (B, 3, H, W) -> their visual words (B, K, V). The encoder is frozen always, the connector in all of RecA."""
     with torch.no_grad():
-        features = encoder(images).patch_tokens
-    words = model.visual_words(features)
-    loss = text_loss(model, model.visual_prefix(words), caption)
-    H = -(words * (words + 1e-9).log()).sum(-1).mean()
-    return loss, H
+        features = encoder(images).patch_tokens                                  # (B, tokens, D_enc)
+    with torch.set_grad_enabled(train_connector and torch.is_grad_enabled()):
+        return model.visual_words(features)
+
+
+def entropy(words):
+    """H = -sum p log p, in nats, mean over words: low when each visual word is one word, not eight. (B, K, V) -> scalar."""
+    return -torch.xlogy(words, words.clamp(min=1e-9)).sum(-1).mean()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The losses of an understanding encoder from scratch, with a throw-away text tower
+
+
+def caption_loss(logits, caption):
+    """-log p(caption | patch tokens), CoCa's captioning loss (arXiv 2205.01917, eq. 2). logits (B, T, V), caption (B, T)."""
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), caption[:, 1:].flatten(), ignore_index=PAD)
+
+
+def contrast_loss(image, text, log_scale, bias):
+    """-1/B sum_ij log sigmoid(y_ij (s <image_i, text_j> + b)), y = 1 for pairs, else -1 (arXiv 2303.15343, eq. 1). Both (B, P)."""
+    logits = F.normalize(image, dim=-1) @ F.normalize(text, dim=-1).T * log_scale.exp() + bias  # (B, B)
+    y = 2 * torch.eye(len(image), device=image.device) - 1
+    return -F.logsigmoid(y * logits).sum(1).mean()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def total_loss(model, encoder, batch, weights, progress=0.0, tower=None, captions="caption", train_connector=False):
+    """The weighted sum of the terms with a positive weight, and each term by itself.
+
+    batch     {"main", "understand", "replay"}: dictionaries as the data sets make them; a term reads only its own
+    weights   {term: weight}, terms: t2i recon replay i2t t2t entropy caption contrast
+    progress  0 -> 1 over the stage (a tensor, under compile): the weight of `entropy` rises with it
+    captions  what t2i reads: "caption" (sparse) or "full" (dense)
+    Returns (scalar, {term: detached scalar}). RecA itself is {"recon": 1}: it reads batch["main"]["image"] alone.
+    """
+    known = ("t2i", "recon", "replay", "i2t", "t2t", "entropy", "caption", "contrast")
+    assert not weights.keys() - set(known), f"unknown terms {sorted(weights.keys() - set(known))}; known: {known}"
+    on = {term for term, weight in weights.items() if weight > 0}
+    assert on, f"no term has a positive weight: {weights}"
+    assert "entropy" not in on or "i2t" in on, "entropy is of the visual words that i2t reads: give i2t a weight too"
+    main, understand, replay = (batch.get(name) for name in ("main", "understand", "replay"))
+    parts = {}
+    if "t2i" in on:
+        parts["t2i"] = t2i_loss(model, main[captions], main["image"])
+    if "recon" in on:
+        parts["recon"] = recon_loss(model, encoder, main["image"], train_connector)
+    if "replay" in on:
+        parts["replay"] = t2i_loss(model, replay["caption"], replay["image"])
+    if "i2t" in on:
+        parts["i2t"], words = i2t_loss(model, encoder, understand["image"], understand["full"], train_connector)
+        if "entropy" in on:
+            parts["entropy"] = entropy(words)
+    if "t2t" in on:
+        parts["t2t"] = t2t_loss(model, understand["full"], understand["wording"])
+    if on & {"caption", "contrast"}:
+        features = encoder(understand["image"])
+        text, logits = tower(understand["full"], features.patch_tokens)          # (B, P), (B, T, V)
+        if "caption" in on:
+            parts["caption"] = caption_loss(logits, understand["full"])
+        if "contrast" in on:
+            parts["contrast"] = contrast_loss(features.pooled, text, tower.log_scale, tower.bias)
+    loss = sum(weights[term] * (progress if term == "entropy" else 1) * part for term, part in parts.items())
+    return loss, {term: part.detach() for term, part in parts.items()}
