@@ -15,9 +15,18 @@ words would: one-hot visual words ARE a caption. That is why t2i and recon are o
 
 The prefix is causal and never sees the image; so its keys and values are computed once and reused by every sampling step.
 
-Flow convention: x_t = t * image + (1 - t) * noise. t = 0 is noise, t = 1 the image, velocity = image - noise.
+How the image itself is made is one of four *paradigms*, and only the image positions know which:
 
-# B batch, T prefix length, K = T - 1 visual words, N image positions, S any sequence, D width, H heads, V words, P pixels of a patch
+             stands for                  an image position holds         it sees           its state becomes
+    flow     BAGEL, Transfusion, JiT     a noised patch, all at one t    all the image     the clean patch
+    ar       Janus-Pro, LlamaGen         the code before its own         earlier codes     logits of its code
+    mask     Show-o, MaskGIT             its code, or [MASK]             all the image     logits of its code
+    mar      Harmon, MAR                 its clean patch, or [MASK]      all the image     what a small flow MLP draws it from
+
+A fifth is one class here (see IMAGES), one loss in recon_loss.py and one sampler in sample.py.
+
+# B batch, T prefix length, K = T - 1 visual words, N image positions, S any sequence, D width, H heads, V words, C codes,
+# P pixels of a patch
 """
 import math
 from dataclasses import dataclass
@@ -40,19 +49,32 @@ class ModelConfig:
     heads: int = 4
     encoder_width: int = 128      # width of the understanding encoder's patch tokens
     connector_depth: int = 3
-    noise_scale: float = 2.0      # standard deviation of the noise: larger for larger patches, arXiv 2511.13720
+    paradigm: str = "flow"        # a key of IMAGES
+    noise_scale: float = 2.0      # flow, mar: standard deviation of the noise; larger for larger patches, arXiv 2511.13720
+    flow_mlp_width: int = 256     # mar: the head that draws one patch
+    flow_mlp_depth: int = 3
+    code_stride: int = 8          # ar, mask: side in pixels of what one code stands for
+    code_levels: tuple = (8, 5, 5)  # ar, mask: values of each dimension of a code, arXiv 2309.15505; C is their product
+    code_width: int = 64          # ar, mask: channels of the tokenizer
 
     @property
     def image_len(self) -> int:
-        return (self.image_size // self.patch_size) ** 2
+        """N"""
+        return IMAGES[self.paradigm].grid(self) ** 2
+
+    @property
+    def codes(self) -> int:
+        """C"""
+        return math.prod(self.code_levels)
 
 
 class KVCache:
-    """Keys and values of what was read so far: (depth, B, H, length, D / H), room for `length` positions."""
+    """Keys and values of what was read so far: (depth, 2, B, H, length, D / H), room for `length` positions."""
 
     def __init__(self, cfg: ModelConfig, batch: int, length: int, device, dtype):
         shape = (cfg.depth, 2, batch, cfg.heads, length, cfg.width // cfg.heads)
-        self.kv, self.length = torch.empty(shape, device=device, dtype=dtype), 0
+        self.kv = torch.empty(shape, device=device, dtype=dtype)
+        self.length, self.prefix = 0, 0
 
     def extend(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """What is cached followed by k, v. They stay only if `length` is moved on: an image in the making is written over."""
@@ -130,45 +152,213 @@ class TimeEmbedding(nn.Module):
         return self.mlp(torch.cat([angles.cos(), angles.sin()], -1))
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# The image positions, one class a paradigm: what they hold (`embed`), whom they see (`causal`), what their states become (`head`)
+
+
+class NoisedPatches(nn.Module):
+    """flow: each position holds a noised patch, all at one time t, and says the clean patch (x-prediction, arXiv 2511.13720)."""
+    causal = False
+    tokens = staticmethod(lambda cfg: 0)
+    grid = staticmethod(lambda cfg: cfg.image_size // cfg.patch_size)
+
+    def __init__(self, cfg: ModelConfig):
+        super().__init__()
+        pixels = 3 * cfg.patch_size ** 2
+        self.patch_embed = nn.Linear(pixels, cfg.width)
+        self.t_embed = TimeEmbedding(cfg.width)
+        self.flow_head = nn.Linear(cfg.width, pixels)
+
+    def embed(self, model, x_t, t):                                              # (B, N, P), (B,) -> (B, N, D)
+        return self.patch_embed(x_t) + self.t_embed(t)[:, None]
+
+    def head(self, model, h):                                                    # (B, N, D) -> (B, N, P)
+        return self.flow_head(h)
+
+
+class MaskedCodes(nn.Module):
+    """mask: each position holds its code or [MASK]. Codes share wte and lm_head with the words: words, then codes, then [MASK]."""
+    causal = False
+    tokens = staticmethod(lambda cfg: cfg.codes + 1)
+    grid = staticmethod(lambda cfg: cfg.image_size // cfg.code_stride)
+
+    def __init__(self, cfg: ModelConfig):
+        super().__init__()
+        self.tokenizer = Tokenizer(cfg)
+
+    def embed(self, model, codes):                                               # (B, N) in [0, C], C is [MASK] -> (B, N, D)
+        return model.wte(codes + model.cfg.vocab_size)
+
+    def head(self, model, h):                                                    # (B, N, D) -> (B, N, C): no word can be drawn
+        return F.linear(h, model.lm_head.weight[model.cfg.vocab_size: -1])
+
+
+class CausalCodes(MaskedCodes):
+    """ar: each position holds the code before its own; the first holds [MASK], which here says: an image begins."""
+    causal = True
+
+
+class MaskedPatches(nn.Module):
+    """mar: each position holds its clean patch or [MASK]; from its state a small MLP draws the patch (arXiv 2406.11838)."""
+    causal = False
+    tokens = staticmethod(lambda cfg: 0)
+    grid = staticmethod(lambda cfg: cfg.image_size // cfg.patch_size)
+
+    def __init__(self, cfg: ModelConfig):
+        super().__init__()
+        self.patch_embed = nn.Linear(3 * cfg.patch_size ** 2, cfg.width)
+        self.mask_embed = nn.Parameter(torch.empty(1, cfg.width))
+        self.flow_mlp = FlowMLP(cfg)
+
+    def embed(self, model, patches, masked):                                     # (B, N, P), (B, N) bool -> (B, N, D)
+        return torch.where(masked[..., None], self.mask_embed, self.patch_embed(patches))
+
+    def head(self, model, h):                                                    # (B, N, D), for flow_mlp
+        return h
+
+
+IMAGES = {"flow": NoisedPatches, "ar": CausalCodes, "mask": MaskedCodes, "mar": MaskedPatches}
+
+
+class FlowMLP(nn.Module):
+    """x-prediction for one patch: its noised self, its time and the transformer's state -> the clean patch.
+
+    Residual MLP blocks, modulated by time and state (adaLN-zero), as in MAR, arXiv 2406.11838, section 4.2; there it predicts noise.
+    """
+
+    def __init__(self, cfg: ModelConfig):
+        super().__init__()
+        width, pixels = cfg.flow_mlp_width, 3 * cfg.patch_size ** 2
+        self.in_proj, self.cond_proj = nn.Linear(pixels, width), nn.Linear(cfg.width, width)
+        self.t_embed = TimeEmbedding(width)
+        self.norms = nn.ModuleList(nn.RMSNorm(width, elementwise_affine=False) for _ in range(cfg.flow_mlp_depth + 1))
+        self.ada = nn.ModuleList(nn.Linear(width, 3 * width) for _ in range(cfg.flow_mlp_depth))
+        self.up = nn.ModuleList(nn.Linear(width, 2 * width) for _ in range(cfg.flow_mlp_depth))
+        self.down = nn.ModuleList(nn.Linear(2 * width, width) for _ in range(cfg.flow_mlp_depth))
+        self.flow_head = nn.Linear(width, pixels)
+
+    def forward(self, x_t, t, h):                                                # (..., P), (...), (..., D) -> (..., P)
+        x = self.in_proj(x_t)                                                    # (..., W)
+        c = F.silu(self.t_embed(t) + self.cond_proj(h))
+        for norm, ada, up, down in zip(self.norms, self.ada, self.up, self.down):
+            shift, scale, gate = ada(c).chunk(3, -1)
+            x = x + gate * down(F.silu(up(norm(x) * (1 + scale) + shift)))
+        return self.flow_head(self.norms[-1](x))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The image tokenizer of `ar` and `mask`
+
+
+class ResBlock(nn.Module):
+    def __init__(self, width: int):
+        super().__init__()
+        self.norm = nn.GroupNorm(8, width)
+        self.conv, self.out_conv = nn.Conv2d(width, width, 3, padding=1), nn.Conv2d(width, width, 1)
+
+    def forward(self, x):
+        return x + self.out_conv(F.silu(self.conv(F.silu(self.norm(x)))))
+
+
+class Tokenizer(nn.Module):
+    """A small convolutional autoencoder whose middle is rounded: finite scalar quantisation, FSQ (arXiv 2309.15505).
+
+    Each of the d = len(levels) channels is bounded and rounded to one of its few values; their combination is the code. No codebook
+    to learn, so none to collapse. Departure from the paper: (L - 1) (tanh z + 1) / 2 bounds odd and even L alike, without its
+    half-step shift for even L.
+    """
+
+    def __init__(self, cfg: ModelConfig):
+        super().__init__()
+        w, d, first = cfg.code_width, len(cfg.code_levels), cfg.code_stride // 2
+        self.side = cfg.image_size // cfg.code_stride
+        self.register_buffer("levels", torch.tensor(cfg.code_levels), persistent=False)
+        self.register_buffer("basis", torch.tensor([math.prod(cfg.code_levels[:i]) for i in range(d)]), persistent=False)
+        self.encoder = nn.Sequential(nn.PixelUnshuffle(first), nn.Conv2d(3 * first ** 2, w, 3, padding=1), ResBlock(w),
+                                     nn.PixelUnshuffle(2), nn.Conv2d(4 * w, w, 1), ResBlock(w), ResBlock(w), nn.Conv2d(w, d, 1))
+        self.decoder = nn.Sequential(nn.Conv2d(d, w, 1), ResBlock(w), ResBlock(w), nn.Conv2d(w, 4 * w, 1), nn.PixelShuffle(2),
+                                     ResBlock(w), nn.Conv2d(w, 3 * first ** 2, 3, padding=1), nn.PixelShuffle(first))
+
+    def quantize(self, z):
+        """Any z (..., d) -> rounded values in [-1, 1]; the gradient passes straight through the rounding."""
+        x = (self.levels - 1) * (z.tanh() + 1) / 2                               # [0, L - 1]
+        x = x + (x.round() - x).detach()
+        return 2 * x / (self.levels - 1) - 1
+
+    def to_codes(self, values):
+        """Rounded values (..., d) in [-1, 1] -> codes (...) in [0, C)."""
+        return (((values + 1) / 2 * (self.levels - 1)).round().long() * self.basis).sum(-1)
+
+    def to_values(self, codes):
+        """Codes (...) in [0, C) -> values (..., d) in [-1, 1]."""
+        return 2 * (codes[..., None] // self.basis % self.levels) / (self.levels - 1) - 1
+
+    def forward(self, images):
+        """Images (B, 3, H, W) in [0, 1] -> the same through the bottleneck, and their rounded values (B, N, d)."""
+        z = rearrange(self.encoder(images * 2 - 1), "b d h w -> b (h w) d")
+        values = self.quantize(z)
+        return self.decode_values(values), values
+
+    def decode_values(self, values):
+        return self.decoder(rearrange(values, "b (h w) d -> b d h w", h=self.side)) / 2 + 0.5
+
+    @torch.no_grad()
+    def encode(self, images):
+        """Images (B, 3, H, W) in [0, 1] -> codes (B, N)."""
+        return self.to_codes(self.quantize(rearrange(self.encoder(images * 2 - 1), "b d h w -> b (h w) d")))
+
+    @torch.no_grad()
+    def decode(self, codes):
+        """Codes (B, N) -> images (B, 3, H, W) in [0, 1]."""
+        return self.decode_values(self.to_values(codes)).clamp(0, 1)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+
+
 class UnifiedModel(nn.Module):
-    """Words, visual words and image positions through one causal-then-full transformer, an AR head and a flow head."""
+    """Words, visual words and image positions through one transformer: one head for words and codes, one for patches."""
 
     def __init__(self, cfg: ModelConfig):
         super().__init__()
         assert cfg.image_size % cfg.patch_size == 0, f"{cfg.image_size=} must be a multiple of {cfg.patch_size=}"
         assert cfg.width % cfg.heads == 0, f"{cfg.width=} must be a multiple of {cfg.heads=}"
+        assert cfg.paradigm in IMAGES, f"{cfg.paradigm=} must be one of {', '.join(IMAGES)}"
         self.cfg = cfg
-        pixels = 3 * cfg.patch_size ** 2
-        self.wte = nn.Embedding(cfg.vocab_size, cfg.width)
+        self.image = IMAGES[cfg.paradigm](cfg)
+        tokens = cfg.vocab_size + self.image.tokens(cfg)
+        self.wte = nn.Embedding(tokens, cfg.width)
         self.text_pos = nn.Parameter(torch.empty(2 * cfg.text_len, cfg.width))   # a prefix, and the words that answer it
         self.image_pos = nn.Parameter(torch.empty(cfg.image_len, cfg.width))
-        self.patch_embed = nn.Linear(pixels, cfg.width)
-        self.t_embed = TimeEmbedding(cfg.width)
         self.blocks = nn.ModuleList(Block(cfg.width, cfg.heads) for _ in range(cfg.depth))
         self.norm = nn.RMSNorm(cfg.width)
-        self.lm_head = nn.Linear(cfg.width, cfg.vocab_size, bias=False)
-        self.flow_head = nn.Linear(cfg.width, pixels)
+        self.lm_head = nn.Linear(cfg.width, tokens, bias=False)
         self.connector = Connector(cfg)
         self.init_weights()
 
     @torch.no_grad()
     def init_weights(self):
-        """All initial values, in one place: normal(0.02), residual outputs smaller with depth, heads at zero."""
+        """All initial values, in one place: normal(0.02), residual outputs smaller with depth, heads and adaLN at zero."""
         for name, p in self.named_parameters():
             if p.ndim == 1:
                 nn.init.ones_(p) if "norm" in name else nn.init.zeros_(p)
+            elif "lm_head" in name or "flow_head" in name or ".ada." in name:
+                nn.init.zeros_(p)
             else:
-                nn.init.normal_(p, std=0.02)
+                nn.init.normal_(p, std=0.02 if p.ndim == 2 else p[0].numel() ** -0.5)  # convolutions by their fan-in
         for module in (self, self.connector):
             for block in module.blocks:
                 for out in (block.attn.out_proj, block.down_proj):
                     out.weight.div_((2 * len(module.blocks)) ** 0.5)
-        nn.init.zeros_(self.flow_head.weight)
-        nn.init.zeros_(self.lm_head.weight)
 
     @property
     def device(self):
         return self.wte.weight.device
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """Of the paradigms that draw codes: trained first, then frozen."""
+        return getattr(self.image, "tokenizer", None)
 
     # -- prefixes ------------------------------------------------------------------------------------------------------
 
@@ -183,7 +373,7 @@ class UnifiedModel(nn.Module):
     def visual_prefix(self, words):
         """Visual words (B, K, V) -> prefix (B, T, D): <bos>, then expected word embeddings. One-hot words give text_prefix."""
         bos = self.wte.weight[1].expand(len(words), 1, -1)                       # data.BOS
-        return torch.cat([bos, (words @ self.wte.weight).to(bos.dtype)], 1)
+        return torch.cat([bos, (words @ self.wte.weight[: self.cfg.vocab_size]).to(bos.dtype)], 1)
 
     # -- the transformer -----------------------------------------------------------------------------------------------
 
@@ -193,35 +383,47 @@ class UnifiedModel(nn.Module):
             x = block(x, mask=mask, cache=cache, layer=layer)
         return self.norm(x)
 
+    def write(self, h):
+        """Hidden states (B, S, D) -> logits of words (B, S, V): no code can be written."""
+        return F.linear(h, self.lm_head.weight[: self.cfg.vocab_size])
+
     def text_logits(self, prefix, ids=None):
         """Logits of the words that follow `prefix` (B, T, D), given those so far, `ids` (B, S): (B, S + 1, V)."""
         x = prefix if ids is None or not ids.shape[1] else torch.cat([prefix, self.wte(ids)], 1)
         x = x + self.text_pos[: x.shape[1]]
         h = self.trunk(x, causal_mask(x.shape[1], x.shape[1], x.device))
-        return self.lm_head(h[:, prefix.shape[1] - 1:])
+        return self.write(h[:, prefix.shape[1] - 1:])
 
-    def image_input(self, x_t, t):
-        """Noised patches (B, N, P) and their time (B,) -> image positions (B, N, D)."""
-        return self.patch_embed(x_t) + self.image_pos + self.t_embed(t)[:, None]
+    def predict_image(self, prefix, *inputs):
+        """What the image positions say, given a prefix (B, T, D) and what they hold: see `embed` and `head` in the paradigm's class."""
+        T, N = prefix.shape[1], self.cfg.image_len
+        x = torch.cat([prefix + self.text_pos[:T], self.image.embed(self, *inputs) + self.image_pos], 1)
+        h = self.trunk(x, causal_mask(T + N, T + N if self.image.causal else T, x.device))
+        return self.image.head(self, h[:, T:])
 
-    def predict_image(self, prefix, x_t, t):
-        """The clean patches that the model sees in x_t, given a prefix: (B, T, D), (B, N, P), (B,) -> (B, N, P)."""
-        T, N = prefix.shape[1], x_t.shape[1]
-        x = torch.cat([prefix + self.text_pos[:T], self.image_input(x_t, t)], 1)
-        h = self.trunk(x, causal_mask(T + N, T, x.device))
-        return self.flow_head(h[:, T:])
+    # -- the same with the prefix read once ----------------------------------------------------------------------------
 
-    def read_prefix(self, prefix) -> KVCache:
-        """The prefix' keys and values, with room for the image: computed once, used by every sampling step."""
+    def read_prefix(self, prefix, room: int) -> KVCache:
+        """The keys and values of a prefix (B, T, D), with room for so many more: computed once, used by every sampling step."""
         B, T, _ = prefix.shape
-        cache = KVCache(self.cfg, B, T + self.cfg.image_len, prefix.device, prefix.dtype)
+        cache = KVCache(self.cfg, B, T + room, prefix.device, prefix.dtype)
         self.trunk(prefix + self.text_pos[:T], causal_mask(T, T, prefix.device), cache)
-        cache.length = T
+        cache.length = cache.prefix = T
         return cache
 
-    def predict_image_cached(self, cache, x_t, t):
-        """`predict_image` with the prefix already read."""
-        return self.flow_head(self.trunk(self.image_input(x_t, t), cache=cache))
+    def text_logits_cached(self, cache, x):
+        """Reads one more word's embedding (B, 1, D) and says the next one's logits: (B, 1, V)."""
+        h = self.trunk(x + self.text_pos[cache.length], cache=cache)
+        cache.length += 1
+        return self.write(h)
+
+    def predict_image_cached(self, cache, *inputs):
+        """`predict_image` with the prefix already read: all positions anew, or where they are causal the next one."""
+        x = self.image.embed(self, *inputs)                                      # (B, N, D), causal: (B, 1, D)
+        start = cache.length - cache.prefix
+        h = self.trunk(x + self.image_pos[start: start + x.shape[1]], cache=cache)
+        cache.length += x.shape[1] if self.image.causal else 0
+        return self.image.head(self, h)
 
 
 class CaptionTower(nn.Module):

@@ -7,7 +7,7 @@ one that the model was pre-trained with:
     t2i_loss      caption's words           -> image_loss     text to image, pre-training
     recon_loss    the image's visual words  -> image_loss     RecA: the same line with another prefix
 
-    image_loss is `flow_loss`.
+    image_loss is the model's own: `flow_loss`, `ar_loss`, `mask_loss` or `mar_loss`, by its paradigm. RecA is the same for all four.
 
 Around it stand the language losses: i2t (understanding; keeps it alive where weights are shared), t2t (what "left of"
 means), and the two losses that train a small understanding encoder from scratch.
@@ -17,6 +17,8 @@ velocity = image - noise points from noise to image.
 
 # B batch, T prefix length, K visual words, N image positions, D width, V words, P pixels of a patch
 """
+import math
+
 import torch
 import torch.nn.functional as F
 
@@ -26,6 +28,8 @@ from model import patchify
 LOGIT_NORMAL_MEAN = -1.0  # t = sigmoid(N(mean, std)); arXiv 2511.13720 has -0.8. Layout and color are decided at small t
 LOGIT_NORMAL_STD = 1.0
 MIN_ONE_MINUS_T = 0.1     # the velocity loss weighs by 1 / (1 - t)^2, which has to stay finite; 0.05 in arXiv 2511.13720
+MASK_RATIO = 1.0, 0.25, 0.7, 1.0  # mar: mean, std, least and largest share of masked patches, arXiv 2406.11838, appendix B
+MLP_REPEATS = 4           # mar: times and noises for each patch, arXiv 2406.11838, appendix B
 DROP = 0.1                # share of conditions dropped for classifier-free guidance, arXiv 2207.12598
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -42,23 +46,73 @@ def velocity(x_pred, x_t, t):
     return (x_pred - x_t) / (1 - t)
 
 
-def flow_loss(model, prefix, images):
-    """E |v_pred - v|^2 with x-prediction: |x_pred - image|^2 / max(1 - t, 0.1)^2 (arXiv 2511.13720, eq. 6; one t an image).
+def noised(x, per_token, noise_scale):
+    """Clean patches (B, N, P) -> x_t and its t, logit-normal (arXiv 2403.03206): one t an image (B, 1, 1), or a patch (B, N, 1)."""
+    t = torch.randn(len(x), x.shape[1] if per_token else 1, 1, device=x.device)
+    t = torch.sigmoid(LOGIT_NORMAL_MEAN + LOGIT_NORMAL_STD * t)
+    return interpolate(x, torch.randn_like(x) * noise_scale, t), t
 
-    prefix (B, T, D), images (B, 3, H, W) in [0, 1] -> scalar.
-    """
-    cfg = model.cfg
-    x = patchify(images, cfg.patch_size)                                         # (B, N, P)
-    noise = torch.randn_like(x) * cfg.noise_scale                                # (B, N, P)
-    t = torch.sigmoid(LOGIT_NORMAL_MEAN + LOGIT_NORMAL_STD * torch.randn(len(x), 1, 1, device=x.device))
-    x_t = interpolate(x, noise, t)                                               # (B, N, P)
+
+def velocity_error(x_pred, x, t):
+    """(v_pred - v)^2 = (x_pred - x)^2 / (1 - t)^2, its denominator kept off zero (arXiv 2511.13720, eq. 6). (B, N, P)."""
+    return ((x_pred - x) / (1 - t).clamp(min=MIN_ONE_MINUS_T)) ** 2
+
+
+def flow_loss(model, prefix, images):
+    """flow: E |v_pred - v|^2 over all patches, all at one time. prefix (B, T, D), images (B, 3, H, W) in [0, 1] -> scalar."""
+    x = patchify(images, model.cfg.patch_size)                                   # (B, N, P)
+    x_t, t = noised(x, False, model.cfg.noise_scale)
     x_pred = model.predict_image(prefix, x_t, t[:, 0, 0])                        # (B, N, P)
-    return (((x_pred - x) / (1 - t).clamp(min=MIN_ONE_MINUS_T)) ** 2).mean()
+    return velocity_error(x_pred, x, t).mean()
+
+
+def ar_loss(model, prefix, images):
+    """ar: -sum_i log p(code_i | prefix, codes before it) / N, as LlamaGen (arXiv 2406.06525) and Janus-Pro (2501.17811)."""
+    codes = model.tokenizer.encode(images)                                       # (B, N)
+    before = F.pad(codes[:, :-1], (1, 0), value=model.cfg.codes)                 # (B, N): [MASK], then all but the last
+    logits = model.predict_image(prefix, before)                                 # (B, N, C)
+    return F.cross_entropy(logits.flatten(0, 1).float(), codes.flatten())
+
+
+def mask_loss(model, prefix, images):
+    """mask: -log p(code_i | prefix, codes not masked), mean over the masked, no shift; a share cos(pi u / 2) is masked,
+    u ~ U(0, 1) (MaskGIT, arXiv 2202.04200, eq. 1 and section 3.3; Show-o, arXiv 2408.12528)."""
+    codes = model.tokenizer.encode(images)                                       # (B, N)
+    ratio = torch.cos(math.pi / 2 * torch.rand(len(codes), 1, device=codes.device))
+    masked = random_mask(codes.shape[1], ratio)                                  # (B, N)
+    logits = model.predict_image(prefix, codes.masked_fill(masked, model.cfg.codes))  # (B, N, C)
+    loss = F.cross_entropy(logits.transpose(1, 2).float(), codes, reduction="none")   # (B, N)
+    return (loss * masked).sum() / masked.sum()
+
+
+def mar_loss(model, prefix, images):
+    """mar: E |v_pred - v|^2 of each masked patch by itself, given the transformer's state there (arXiv 2406.11838, eq. 1, as a flow).
+
+    The masked share is normal(1, 0.25) cut to [0.7, 1], as there. Each state serves MLP_REPEATS times: times and noise are cheap.
+    """
+    x = patchify(images, model.cfg.patch_size)                                   # (B, N, P)
+    ratio = torch.empty(len(x), 1, device=x.device)
+    ratio = torch.nn.init.trunc_normal_(ratio, *MASK_RATIO)                      # (B, 1)
+    masked = random_mask(x.shape[1], ratio)                                      # (B, N)
+    h = model.predict_image(prefix, x, masked)                                   # (B, N, D)
+    x, h, masked = (y.repeat(MLP_REPEATS, *[1] * (y.ndim - 1)) for y in (x, h, masked))
+    x_t, t = noised(x, True, model.cfg.noise_scale)
+    x_pred = model.image.flow_mlp(x_t, t[..., 0], h)                             # (4 B, N, P)
+    return (velocity_error(x_pred, x, t).mean(-1) * masked).sum() / masked.sum()
+
+
+def random_mask(N, ratio):
+    """Shares (B, 1) in (0, 1] -> (B, N) bool: that many positions, rounded up, drawn at random."""
+    order = torch.rand(len(ratio), N, device=ratio.device).argsort(1)            # each row a permutation
+    return order < (ratio * N).ceil().clamp(min=1)
+
+
+IMAGE_LOSS = {"flow": flow_loss, "ar": ar_loss, "mask": mask_loss, "mar": mar_loss}
 
 
 def image_loss(model, prefix, images):
     """The model's own image loss after a prefix, with one condition in ten dropped. (B, T, D), (B, 3, H, W) -> scalar."""
-    return flow_loss(model, drop_prefix(model, prefix, DROP), images)
+    return IMAGE_LOSS[model.cfg.paradigm](model, drop_prefix(model, prefix, DROP), images)
 
 
 def null_caption(cfg, device):
@@ -124,6 +178,11 @@ def entropy(words):
     return -torch.xlogy(words, words.clamp(min=1e-9)).sum(-1).mean()
 
 
+def tokenizer_loss(model, images):
+    """|decoded - image|: the tokenizer of `ar` and `mask` by itself, trained before all else. images (B, 3, H, W)."""
+    return (model.tokenizer(images)[0] - images).abs().mean()
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # The losses of an understanding encoder from scratch, with a throw-away text tower
 
@@ -147,12 +206,12 @@ def total_loss(model, encoder, batch, weights, progress=0.0, tower=None, caption
     """The weighted sum of the terms with a positive weight, and each term by itself.
 
     batch     {"main", "understand", "replay"}: dictionaries as the data sets make them; a term reads only its own
-    weights   {term: weight}, terms: t2i recon replay i2t t2t entropy caption contrast
+    weights   {term: weight}, terms: t2i recon replay i2t t2t entropy caption contrast tokenizer
     progress  0 -> 1 over the stage (a tensor, under compile): the weight of `entropy` rises with it
     captions  what t2i reads: "caption" (sparse) or "full" (dense)
     Returns (scalar, {term: detached scalar}). RecA itself is {"recon": 1}: it reads batch["main"]["image"] alone.
     """
-    known = ("t2i", "recon", "replay", "i2t", "t2t", "entropy", "caption", "contrast")
+    known = ("t2i", "recon", "replay", "i2t", "t2t", "entropy", "caption", "contrast", "tokenizer")
     assert not weights.keys() - set(known), f"unknown terms {sorted(weights.keys() - set(known))}; known: {known}"
     on = {term for term, weight in weights.items() if weight > 0}
     assert on, f"no term has a positive weight: {weights}"
@@ -178,5 +237,7 @@ def total_loss(model, encoder, batch, weights, progress=0.0, tower=None, caption
             parts["caption"] = caption_loss(logits, understand["full"])
         if "contrast" in on:
             parts["contrast"] = contrast_loss(features.pooled, text, tower.log_scale, tower.bias)
+    if "tokenizer" in on:
+        parts["tokenizer"] = tokenizer_loss(model, main["image"])
     loss = sum(weights[term] * (progress if term == "entropy" else 1) * part for term, part in parts.items())
     return loss, {term: part.detach() for term, part in parts.items()}

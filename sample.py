@@ -15,10 +15,9 @@ import math
 import os
 import pickle
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
-from einops import rearrange
 from PIL import Image, ImageDraw, ImageFont
 from torchvision.transforms import functional as TF
 from tqdm import tqdm
@@ -30,72 +29,189 @@ from recon_loss import null_caption, velocity
 
 FORMAT = 1          # of a checkpoint, see load_checkpoint
 MAX_BATCH = 128     # images drawn at a time
-STEPS = 25
-CFG_SCALE = 2.5
+CHOICE_NOISE = 4.5  # mask: of the confidence, arXiv 2202.04200
 TIME_POWER = 1.5    # t_i = (i / steps)^1.5: more steps near the noise, where layout and color are decided
+HEAD_STEPS = 25     # mar: Euler steps of the head for each group of patches
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to draw; a paradigm reads what it needs."""
+    cfg_scale: float = 2.5    # guidance; 1 is none
+    steps: int = 25           # passes through the transformer (flow, mask, mar); ar takes one a code
+    temperature: float = 1.0  # of the codes (ar, mask: 0 is greedy) or of the head's noise (mar)
+    top_k: int = 0            # ar: only the k likeliest codes; 0 is all
+    top_p: float = 1.0        # ar: only the likeliest codes that together have this chance
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Samplers
 
 
-def sample_flow(model, prefix, cfg_scale, steps, generator):
-    """Euler steps along the predicted velocity from noise (t = 0) to image (t = 1). (B, T, D) -> (B, 3, H, W)."""
-    cfg, guided = model.cfg, cfg_scale != 1
-    cache = read_guided(model, prefix, guided)
-    x_t = torch.randn(len(prefix), cfg.image_len, 3 * cfg.patch_size ** 2, generator=generator).to(prefix) * cfg.noise_scale
-    times = (torch.arange(steps + 1, device=prefix.device) / steps) ** TIME_POWER
+def sample_flow(model, prefix, how, generator):
+    """flow: Euler steps along the predicted velocity from noise (t = 0) to image (t = 1). (B, T, D) -> (B, 3, H, W)."""
+    cache = read_guided(model, prefix, how)
+    x_t = normal((len(prefix), model.cfg.image_len, 3 * model.cfg.patch_size ** 2), generator).to(prefix) * model.cfg.noise_scale
+
+    def predict(x_t, t):
+        x_in = torch.cat([x_t, x_t]) if how.cfg_scale != 1 else x_t              # (2 B, N, P)
+        return guide(model.predict_image_cached(cache, x_in, t.expand(len(x_in))), how)
+
+    return unpatchify(euler(predict, x_t, how.steps), model.cfg.patch_size)
+
+
+def sample_ar(model, prefix, how, generator):
+    """ar: code by code, in reading order. (B, T, D) -> (B, 3, H, W)."""
+    cache, codes = read_guided(model, prefix, how), []
+    code = torch.full((len(prefix), 1), model.cfg.codes, device=prefix.device)   # [MASK]: an image begins
+    for _ in range(model.cfg.image_len):
+        logits = guide(model.predict_image_cached(cache, code.repeat(2, 1) if how.cfg_scale != 1 else code), how)
+        code = draw(likeliest(logits, how.top_k, how.top_p), how.temperature, generator)  # (B, 1)
+        codes.append(code)
+    return model.tokenizer.decode(torch.cat(codes, 1))
+
+
+def sample_mask(model, prefix, how, generator):
+    """mask: all codes at once, keep the most confident, and again (MaskGIT, arXiv 2202.04200, section 3.2). -> (B, 3, H, W).
+
+    After pass k of K a share cos(pi k / 2 K) is still masked. Confidence is the log-probability of the code drawn, plus Gumbel noise that
+    fades out, without which the drawing is too careful to vary.
+    """
+    B, N, mask = len(prefix), model.cfg.image_len, model.cfg.codes
+    cache = read_guided(model, prefix, how)
+    codes = torch.full((B, N), mask, device=prefix.device)
+    for k, left in enumerate(masked_left(N, how.steps)):
+        logits = guide(model.predict_image_cached(cache, codes.repeat(2, 1) if how.cfg_scale != 1 else codes), how)
+        drawn = draw(logits, how.temperature, generator)                         # (B, N)
+        confidence = logits.log_softmax(-1).gather(-1, drawn[..., None])[..., 0]
+        confidence = confidence + how.temperature * CHOICE_NOISE * (1 - (k + 1) / how.steps) * gumbel(confidence, generator)
+        order = confidence.masked_fill(codes != mask, math.inf).argsort(1)       # the least confident first, what is decided last
+        codes = torch.where(codes == mask, drawn, codes).scatter(1, order[:, :left], mask)
+    return model.tokenizer.decode(codes)
+
+
+def sample_mar(model, prefix, how, generator):
+    """mar: patches in a random order, a group at a time, each drawn by the flow MLP (arXiv 2406.11838, section 3.4). -> (B, 3, H, W)."""
+    B, N, P = len(prefix), model.cfg.image_len, 3 * model.cfg.patch_size ** 2
+    cache = read_guided(model, prefix, how)
+    order = torch.rand(B, N, generator=generator).argsort(1).to(prefix.device)   # (B, N), a permutation: each position is drawn once
+    x, masked, done = prefix.new_zeros(B, N, P), torch.ones(B, N, dtype=torch.bool, device=prefix.device), 0
+    for left in masked_left(N, how.steps):
+        group = order[:, done: N - left]                                         # (B, G)
+        h = model.predict_image_cached(cache, *(y.repeat(2, *[1] * (y.ndim - 1)) if how.cfg_scale != 1 else y for y in (x, masked)))
+        h = h.gather(1, group.repeat(len(h) // B, 1)[..., None].expand(-1, -1, h.shape[-1]))  # (2 B, G, D)
+
+        def predict(x_t, t):
+            x_in = torch.cat([x_t, x_t]) if how.cfg_scale != 1 else x_t          # (2 B, G, P)
+            return guide(model.image.flow_mlp(x_in, t.expand(x_in.shape[:2]), h), how)
+
+        noise = normal((B, group.shape[1], P), generator).to(prefix) * model.cfg.noise_scale * how.temperature
+        x = x.scatter(1, group[..., None].expand(-1, -1, P), euler(predict, noise, HEAD_STEPS))
+        masked, done = masked.scatter(1, group, False), N - left
+    return unpatchify(x, model.cfg.patch_size)
+
+
+# What each paradigm draws with, and how unless told otherwise
+IMAGE_SAMPLER = {
+    "flow": (sample_flow, Sampling(cfg_scale=2.5, steps=25)),
+    "ar": (sample_ar, Sampling(cfg_scale=2.5)),
+    "mask": (sample_mask, Sampling(cfg_scale=2.5, steps=12)),
+    "mar": (sample_mar, Sampling(cfg_scale=2.5, steps=9)),
+}
+
+
+def euler(predict, x_t, steps):
+    """Noise x_t (B, N, P) -> image, by `steps` Euler steps; predict(x_t, t) is the clean image that the model sees."""
+    times = (torch.arange(steps + 1, device=x_t.device) / steps) ** TIME_POWER
     for t, t_next in zip(times[:-1], times[1:]):
-        x_in = torch.cat([x_t, x_t]) if guided else x_t                          # (B or 2 B, N, P)
-        x_pred = guide(model.predict_image_cached(cache, x_in, t.expand(len(x_in))), cfg_scale)
-        x_t = x_t + (t_next - t) * velocity(x_pred, x_t, t)                      # (B, N, P)
-    return unpatchify(x_t, cfg.patch_size)
+        x_t = x_t + (t_next - t) * velocity(predict(x_t, t), x_t, t)
+    return x_t
 
 
-def read_guided(model, prefix, guided):
-    """The cache of the prefixes, followed in the batch by that of the empty condition."""
-    if guided:
+def masked_left(N, steps):
+    """How many of N positions are still masked after each pass: N cos(pi k / 2 K), each pass deciding one or more, the last all."""
+    left = N
+    for k in range(1, steps + 1):
+        left = min(left - 1, math.floor(N * math.cos(math.pi / 2 * k / steps))) if k < steps else 0
+        yield max(left, 0)
+        if left <= 0:
+            return
+
+
+def normal(shape, generator):
+    return torch.randn(shape, generator=generator)
+
+
+def gumbel(like, generator):
+    return -torch.empty(like.shape).exponential_(generator=generator).log().to(like)
+
+
+def draw(logits, temperature, generator):
+    """One id from softmax(logits / temperature), by the Gumbel-max trick: 0 is greedy. (..., C) -> (...)."""
+    return (logits + temperature * gumbel(logits, generator)).argmax(-1)
+
+
+def likeliest(logits, top_k, top_p):
+    """Logits (..., C) with all but the top k, and all but the nucleus of chance top_p (arXiv 1904.09751), at -inf."""
+    if top_k:
+        logits = logits.masked_fill(logits < logits.topk(min(top_k, logits.shape[-1])).values[..., -1:], -math.inf)
+    if top_p < 1:
+        p, order = logits.softmax(-1).sort(descending=True)
+        out = p.cumsum(-1) - p >= top_p                                          # the first is always in
+        logits = logits.masked_fill(out.scatter(-1, order, out), -math.inf)
+    return logits
+
+
+def read_guided(model, prefix, how):
+    """The cache of the prefixes (B, T, D), with guidance followed in the batch by as many empty conditions."""
+    if how.cfg_scale != 1:
         null = model.text_prefix(null_caption(model.cfg, prefix.device))
         prefix = torch.cat([prefix, null.expand_as(prefix)])                     # (2 B, T, D)
-    return model.read_prefix(prefix)
+    return model.read_prefix(prefix, room=model.cfg.image_len)
 
 
-def guide(out, cfg_scale):
+def guide(out, how):
     """uncond + s * (cond - uncond), arXiv 2207.12598: (2 B, ...) -> (B, ...); at s = 1 only the condition was run."""
-    if cfg_scale == 1:
+    if how.cfg_scale == 1:
         return out
     cond, uncond = out.chunk(2)
-    return uncond + cfg_scale * (cond - uncond)
+    return uncond + how.cfg_scale * (cond - uncond)
 
 
 @torch.no_grad()
-def sample_image(model, prefix, cfg_scale=CFG_SCALE, steps=STEPS, generator=None, progress=False):
-    """Prefixes (B, T, D) -> images (B, 3, H, W) in [0, 1], at most MAX_BATCH at a time."""
+def sample_image(model, prefix, generator=None, progress=False, **options):
+    """Prefixes (B, T, D) -> images (B, 3, H, W) in [0, 1], at most MAX_BATCH at a time.
+
+    options: fields of Sampling; what is left out or None is the paradigm's own.
+    """
+    sampler, how = IMAGE_SAMPLER[model.cfg.paradigm]
+    how = replace(how, **{name: value for name, value in options.items() if value is not None})
     chunks = prefix.split(MAX_BATCH)
-    return torch.cat([sample_flow(model, chunk, cfg_scale, steps, generator)
+    return torch.cat([sampler(model, chunk, how, generator)
                       for chunk in tqdm(chunks, "drawing", disable=not progress or len(chunks) == 1, leave=False)])
 
 
 @torch.no_grad()
-def sample_words(model, prefix):
-    """Greedy words after a prefix: (B, T, D) -> ids (B, up to T - 1)."""
-    ids = torch.zeros(len(prefix), 0, dtype=torch.long, device=prefix.device)
+def sample_words(model, prefix, temperature=0.0, generator=None):
+    """Words after a prefix, greedy at temperature 0: (B, T, D) -> ids (B, up to T - 1), each row worth reading up to its <eos>."""
+    cache = model.read_prefix(prefix[:, :-1], room=model.cfg.text_len)           # its last word is what the first pass reads
+    x, ids = prefix[:, -1:], []
     for _ in range(model.cfg.text_len - 1):
-        nxt = model.text_logits(prefix, ids)[:, -1].argmax(-1)
-        ids = torch.cat([ids, nxt[:, None]], 1)
-        if ((ids == EOS).any(1)).all():
+        ids.append(draw(model.text_logits_cached(cache, x), temperature, generator))  # (B, 1)
+        if torch.cat(ids, 1).eq(EOS).any(1).all():
             break
-    return ids
+        x = model.wte(ids[-1])                                                   # (B, 1, D)
+    return torch.cat(ids, 1)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # What a checkpoint can do
 
 
-def text_to_image(model, vocabulary, prompts, cfg_scale=CFG_SCALE, steps=STEPS, generator=None, progress=False):
+def text_to_image(model, vocabulary, prompts, generator=None, progress=False, **options):
     """One image for each prompt: (B, 3, H, W). Raises ValueError for an unknown word or a prompt that is too long."""
     ids = torch.tensor([vocabulary.encode(prompt, model.cfg.text_len, strict=True) for prompt in prompts])
     prefix = model.text_prefix(ids.to(model.device))
-    return sample_image(model, prefix, cfg_scale, steps, generator, progress)
+    return sample_image(model, prefix, generator, progress, **options)
 
 
 @torch.no_grad()
@@ -104,10 +220,10 @@ def see_words(model, encoder, images):
     return torch.cat([model.visual_words(encoder(chunk.to(model.device)).patch_tokens) for chunk in images.split(MAX_BATCH)])
 
 
-def reconstruct(model, encoder, images, cfg_scale=CFG_SCALE, steps=STEPS, generator=None, progress=False):
+def reconstruct(model, encoder, images, generator=None, progress=False, **options):
     """The images drawn again from their visual words alone: (B, 3, H, W) -> (B, 3, H, W)."""
     prefix = model.visual_prefix(see_words(model, encoder, images))
-    return sample_image(model, prefix, cfg_scale, steps, generator, progress)
+    return sample_image(model, prefix, generator, progress, **options)
 
 
 def caption(model, encoder, vocabulary, images):
@@ -116,10 +232,10 @@ def caption(model, encoder, vocabulary, images):
     return [vocabulary.decode(ids.tolist()) for chunk in prefix.split(MAX_BATCH) for ids in sample_words(model, chunk)]
 
 
-def edit(model, encoder, vocabulary, images, instructions, cfg_scale=CFG_SCALE, steps=STEPS, generator=None, progress=False):
+def edit(model, encoder, vocabulary, images, instructions, generator=None, progress=False, **options):
     """The images, changed as the instructions say; never trained for. See `edit_words` for what stands in the prefix."""
     words = edit_words(see_words(model, encoder, images), vocabulary, instructions)
-    return sample_image(model, model.visual_prefix(words), cfg_scale, steps, generator, progress)
+    return sample_image(model, model.visual_prefix(words), generator, progress, **options)
 
 
 def edit_words(words, vocabulary, instructions):
