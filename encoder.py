@@ -17,6 +17,7 @@ References: ViT 2010.11929, CLIP 2103.00020, SigLIP 2303.15343, SigLIP 2 2502.14
 """
 import argparse
 import difflib
+import http.client
 import json
 import math
 import mmap
@@ -318,10 +319,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         return read_safetensors(path)
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except OSError:
-        raise
     except Exception as error:  # a damaged pickle or zip can raise nearly anything; weights_only keeps it from running code
-        raise ValueError(f"torch.load(weights_only=True) cannot read it ({str(error).splitlines()[0]:.120})") from None
+        raise ValueError(f"torch.load(weights_only=True) cannot read it ({type(error).__name__} {str(error).partition(chr(10))[0]:.120})") from None
     for wrapper in ("state_dict", "model"):
         tensors = tensors.get(wrapper, tensors) if isinstance(tensors, dict) else tensors
     if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
@@ -388,7 +387,7 @@ FAMILIES = (  # family, tensors, activation, eps, mean and std, resizing of posi
 HEADS = {1152: 16, 1280: 16, 1408: 16, 1664: 16}  # So400m, H, g, bigG; heads of every other public model have 64 channels
 CONFIG_FIELDS = {  # what config.json (transformers, timm) and open_clip_config.json call the fields of ViTConfig
     "hidden_size": "width", "num_features": "width", "width": "width", "num_hidden_layers": "depth", "layers": "depth",
-    "num_attention_heads": "heads", "intermediate_size": "mlp_width", "patch_size": "patch_size", "image_size": "image_size",
+    "num_attention_heads": "heads", "num_heads": "heads", "intermediate_size": "mlp_width", "patch_size": "patch_size", "image_size": "image_size",
     "num_register_tokens": "registers", "layer_norm_eps": "norm_eps"}
 ACT_NAMES = {"gelu": "gelu", "quick_gelu": "quick_gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
 TIMM_TANH = re.compile(r"vit_(giantopt|base_patch32|so400m_patch16)\w*siglip|vit_large_patch16_siglip(_gap)?_512")
@@ -414,10 +413,12 @@ def read_config(folder: Path, tensors: dict[str, Tensor]) -> dict:
             except (ValueError, TypeError) as error:
                 raise ValueError(f"{name} beside it is no JSON object ({error})") from None
     model = config.get("model_cfg", {})
-    vision = config.get("vision_config") or model.get("vision_cfg") or config
+    vision = config.get("vision_config") or model.get("vision_cfg") or config | config.get("model_args", {})
     timm_name = vision.get("timm_model_name") or config.get("architecture") or ""
     stats = config.get("preprocess_cfg") or config.get("pretrained_cfg") or config
     stated = {ours: vision[theirs] for theirs, ours in CONFIG_FIELDS.items() if theirs in vision}
+    if odd := {ours: value for ours, value in stated.items() if not isinstance(value, (int, float))}:
+        raise ValueError(f"the config beside it states {odd}, which are no numbers")
     if "head_width" in vision:
         stated["heads"] = vision["width"] // vision["head_width"]
     if act := "quick_gelu" if model.get("quick_gelu") or "quickgelu" in timm_name else vision.get("hidden_act"):
@@ -476,7 +477,7 @@ def recognise(tensors: dict[str, Tensor], named: dict[str, Tensor], stated: dict
             raise ValueError(f"the config beside it states {field} = {stated[field]}, its tensors show {shown[field]}")
     pool = "attention" if "pool.probe" in named or family.startswith("SigLIP") else "cls" if "cls_token" in named else "mean"
     cfg = replace(ViTConfig(
-        family=family, image_size=grid * patch[3], heads=HEADS.get(patch[0], patch[0] / 64), act=act, norm_eps=norm_eps, mean=mean, std=std,
+        family=family, image_size=grid * patch[3], heads=HEADS.get(patch[0], patch[0] // 64 if patch[0] % 64 == 0 else 0), act=act, norm_eps=norm_eps, mean=mean, std=std,
         cls_token="cls_token" in named, norm_pre="norm_pre.weight" in named, pool=pool, pos_resize=pos_resize,
         qkv_bias=any(re.fullmatch(r"blocks\.\d+\.attn\.q(kv)?\.bias", name) for name in named), **shown), **stated)
     if fc1[0] == 2 * fc2[1]:
@@ -489,9 +490,8 @@ def recognise(tensors: dict[str, Tensor], named: dict[str, Tensor], stated: dict
         raise ValueError(f"{family} needs a projection, visual_projection.weight or visual.proj, which is missing")
     if cfg.image_size // cfg.patch_size != grid:
         raise ValueError(f"the config beside it states image_size = {cfg.image_size}, its positions are those of {grid} x {grid} patches")
-    if cfg.width % cfg.heads:
+    if cfg.heads < 1 or cfg.width % cfg.heads:
         raise ValueError(f"the number of heads cannot be told from width {cfg.width}; state num_attention_heads in a config.json beside it")
-    cfg.heads = int(cfg.heads)
     return cfg
 
 
@@ -591,13 +591,10 @@ def fetch(repo: str) -> Path:
         raise ValueError(f"HF_HUB_OFFLINE is set, and {repo} is neither in {theirs.parent} nor in {ours}")
     ours.mkdir(parents=True, exist_ok=True)
     download(repo, "config.json", ours)
-    try:
-        download(repo, "model.safetensors", ours)
-    except urllib.error.HTTPError as error:
-        if error.code != 404:
-            raise
-        download(repo, "pytorch_model.bin", ours)  # some of the older repositories
-    return ours
+    for name in ("model.safetensors", "pytorch_model.bin"):  # some older repositories have only the second
+        if download(repo, name, ours):
+            return ours
+    raise ValueError(f"{repo} holds neither model.safetensors nor pytorch_model.bin")
 
 
 class NoRedirect(urllib.request.HTTPRedirectHandler):
@@ -605,18 +602,28 @@ class NoRedirect(urllib.request.HTTPRedirectHandler):
         return None
 
 
-def download(repo: str, name: str, folder: Path) -> None:
-    """One file of a repository, checked against the sha256 that the hub gives for large files."""
+def download(repo: str, name: str, folder: Path) -> bool:
+    """One file of a repository, checked against the sha256 that the hub gives for large files; False if it has no such file."""
     url = f"{os.environ.get('HF_ENDPOINT', 'https://huggingface.co')}/{repo}/resolve/main/{name}"
     try:
-        reply = urllib.request.build_opener(NoRedirect).open(urllib.request.Request(url, method="HEAD"), timeout=30)
-    except urllib.error.HTTPError as error:
-        if error.code not in (301, 302, 303, 307, 308):  # a redirect to the storage is the usual answer
-            raise
-        reply = error
-    sha256 = reply.headers.get("x-linked-etag", "").strip('"')
-    print(f"downloading {url} to {folder}", file=sys.stderr)
-    torch.hub.download_url_to_file(url, str(folder / name), hash_prefix=sha256 if re.fullmatch("[0-9a-f]{64}", sha256) else None)
+        try:
+            reply = urllib.request.build_opener(NoRedirect).open(urllib.request.Request(url, method="HEAD"), timeout=30)
+        except urllib.error.HTTPError as error:
+            if error.code == 404:
+                return False
+            if error.code >= 400:
+                raise
+            reply = error  # the redirect to where large files are stored; only it has their sha256
+        sha256 = re.fullmatch('"([0-9a-f]{64})"', reply.headers.get("x-linked-etag", ""))
+        size = reply.headers.get("x-linked-size") or reply.headers.get("content-length")
+        print(f"downloading {url} to {folder}", file=sys.stderr)
+        torch.hub.download_url_to_file(url, str(folder / name), hash_prefix=sha256 and sha256[1])
+        if sha256 is None and size and size != str((folder / name).stat().st_size):
+            (folder / name).unlink()
+            raise OSError(f"it broke off before its {size} bytes were here")
+    except (OSError, http.client.HTTPException, RuntimeError) as error:  # RuntimeError: the sha256 is another one
+        raise ValueError(f"cannot download {url}: {error}".replace("hash value", "sha256")) from None
+    return True
 
 
 @torch.no_grad()
