@@ -275,9 +275,9 @@ class Tokenizer(nn.Module):
         self.register_buffer("levels", torch.tensor(cfg.code_levels), persistent=False)
         self.register_buffer("basis", torch.tensor([math.prod(cfg.code_levels[:i]) for i in range(d)]), persistent=False)
         self.encoder = nn.Sequential(nn.PixelUnshuffle(first), nn.Conv2d(3 * first ** 2, w, 3, padding=1), ResBlock(w),
-                                     nn.PixelUnshuffle(2), nn.Conv2d(4 * w, w, 1), ResBlock(w), ResBlock(w), nn.Conv2d(w, d, 1))
+                                     nn.PixelUnshuffle(2), nn.Conv2d(4 * w, w, 1), ResBlock(w), ResBlock(w), nn.GroupNorm(8, w), nn.Conv2d(w, d, 1))
         self.decoder = nn.Sequential(nn.Conv2d(d, w, 1), ResBlock(w), ResBlock(w), nn.Conv2d(w, 4 * w, 1), nn.PixelShuffle(2),
-                                     ResBlock(w), nn.Conv2d(w, 3 * first ** 2, 3, padding=1), nn.PixelShuffle(first))
+                                     ResBlock(w), nn.GroupNorm(8, w), nn.Conv2d(w, 3 * first ** 2, 3, padding=1), nn.PixelShuffle(first))
 
     def quantize(self, z):
         """Any z (..., d) -> rounded values in [-1, 1]; the gradient passes straight through the rounding."""

@@ -179,8 +179,8 @@ def entropy(words):
 
 
 def tokenizer_loss(model, images):
-    """|decoded - image|: the tokenizer of `ar` and `mask` by itself, trained before all else. images (B, 3, H, W)."""
-    return (model.tokenizer(images)[0] - images).abs().mean()
+    """|decoded - image|^2: the tokenizer of `ar` and `mask` by itself, trained before all else. images (B, 3, H, W)."""
+    return F.mse_loss(model.tokenizer(images)[0], images)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
