@@ -22,15 +22,27 @@ Every data set here answers one question, `__getitems__([(epoch, index), ...])`,
 
 # B batch, T words, H W pixels. One cell of a scene is 0 when empty, else 1 + shape * len(COLORS) + color.
 """
+import csv
 import difflib
+import errno
+import hashlib
+import itertools
+import json
 import math
+import os
 import random
 import re
+import signal
+import time
+import warnings
+import zlib
+from array import array
 from dataclasses import dataclass
 
 import torch
 from einops import rearrange
-from torch.utils.data import DataLoader, Dataset
+from PIL import Image, ImageOps
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Words
@@ -332,6 +344,328 @@ def shapes_words() -> list[str]:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Image folders
+
+SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm"}
+FORMATS = ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM"]  # told apart by content, whatever the suffix says
+METADATA = ("metadata.jsonl", "metadata.csv")                   # the hub's captioned folder: `file_name` and `text`
+CLASS_LISTS = ("classes.tsv", "LOC_synset_mapping.txt", "words.txt")  # lines `wnid name, other name`, beside train/
+WORDINGS = ["a photo of {}", "a picture of {}", "an image of {}", "a photograph of {}", "this is {}", "here you see {}"]
+MAX_PIXELS = Image.MAX_IMAGE_PIXELS  # 89 million; an image with more is refused, as a decompression bomb
+SETTLED = 2.0                        # s; a folder changed later than this may change again within one tick of its clock
+warnings.filterwarnings("ignore", module="PIL")  # what Pillow cannot read is named in bad_images.txt, once
+
+
+class Strings:
+    """A read-only list of strings in one block: workers share it, where a million str objects would be copied by each."""
+
+    def __init__(self, strings):
+        parts = [s.encode("utf-8", "surrogatepass") for s in strings]
+        self.block, self.ends = b"".join(parts), array("q", itertools.accumulate(map(len, parts), initial=0))
+
+    def __len__(self) -> int:
+        return len(self.ends) - 1
+
+    def __getitem__(self, i: int) -> str:
+        return self.block[self.ends[i]: self.ends[i + 1]].decode("utf-8", "surrogatepass")
+
+
+def list_files(root: str, cache_dir: str = "") -> list[str]:
+    """Relative paths of all images and metadata files below root, sorted; dot files are left out, links followed.
+
+    A second call reads them from an index (in cache_dir, default ~/.cache/reca) while no folder's time stamps have
+    moved: adding, removing or renaming a file moves its folder's. A damaged index is made again.
+    Raises ValueError where a folder cannot be listed.
+    """
+    cache_dir = cache_dir or os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "reca")
+    root = os.path.abspath(root)
+    index = os.path.join(cache_dir, f"index_{hashlib.sha256(root.encode('utf-8', 'surrogatepass')).hexdigest()[:16]}.json")
+    try:
+        with open(index, "rb") as file:
+            checksum, known = file.readline(), file.read()
+        if int(checksum) == zlib.crc32(known):
+            known = json.loads(known)
+            if all(_stamp(os.stat(os.path.join(root, folder))) == stamp for folder, stamp in known["folders"].items()):
+                return known["files"]
+    except (OSError, ValueError):
+        pass  # no index yet, a damaged one, or a folder that has gone
+    began, folders, files, seen, stack = time.time(), {}, [], set(), [""]
+    try:
+        while stack:
+            folder = stack.pop()
+            stat = os.stat(os.path.join(root, folder))
+            if (stat.st_dev, stat.st_ino) in seen:
+                continue  # a link back: each folder once
+            seen.add((stat.st_dev, stat.st_ino))
+            folders[folder], below = _stamp(stat), []  # stamped before it is read
+            with os.scandir(os.path.join(root, folder)) as entries:
+                for entry in entries:
+                    path = os.path.join(folder, entry.name)
+                    if entry.name.startswith("."):
+                        continue
+                    if os.path.splitext(path)[1].lower() in SUFFIXES or entry.name in METADATA:
+                        files.append(path)
+                    elif entry.is_dir():
+                        below.append(path)
+            stack += sorted(below, reverse=True)
+    except OSError as error:
+        raise ValueError(f"cannot list the folder {error.filename}: {error.strerror}") from None
+    files.sort()
+    if max(max(stamp) for stamp in folders.values()) < (began - SETTLED) * 1e9:
+        try:
+            os.makedirs(cache_dir, exist_ok=True)
+            data = json.dumps({"folders": folders, "files": files}).encode()
+            with open(f"{index}.{os.getpid()}.tmp", "wb") as file:
+                file.write(b"%d\n" % zlib.crc32(data) + data)
+            os.replace(file.name, index)
+        except OSError:
+            pass  # no place for an index: the next start walks again
+    return files
+
+
+def _stamp(stat: os.stat_result) -> list[int]:
+    return [stat.st_mtime_ns, stat.st_ctime_ns]
+
+
+def fit(image: Image.Image, size: int) -> Image.Image:
+    """Any Pillow image as size x size RGB: upright, alpha over white, the shorter side resized, the centre kept."""
+    ImageOps.exif_transpose(image, in_place=True)
+    if image.mode.startswith("I"):  # 16 bits: convert("L") would clip at 255
+        image = image.convert("I").point(lambda value: value * (1 / 257) + 0.5).convert("L")
+    elif image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    width, height = image.size
+    side = min(width, height)
+    left, top = (width - side) // 2, (height - side) // 2
+    sharp = Image.Resampling.HAMMING if side > size else Image.Resampling.BICUBIC  # as good when shrinking, and faster
+    return image.convert("RGB").resize((size, size), sharp, (left, top, left + side, top + side))
+
+
+def decode(path: str, size: int) -> Image.Image:
+    """An image file as `fit` makes it; of an animation the first frame. Raises whatever Pillow finds wrong with it."""
+    if not os.path.isfile(path):
+        raise OSError("not a file")  # a pipe would be waited for
+    with Image.open(path, formats=FORMATS) as image:
+        if image.width * image.height > MAX_PIXELS:
+            raise ValueError(f"{image.width} x {image.height} pixels are more than {MAX_PIXELS}")
+        image.draft(None, (size, size))  # a JPEG comes out of its DCT at 1/2, 1/4 or 1/8 where that is large enough
+        return fit(image, size)
+
+
+def to_tensor(images: list[Image.Image]) -> torch.Tensor:
+    """RGB images of one size -> (B, 3, S, S) float in [0, 1]."""
+    batch = torch.empty(len(images), 3, images[0].height, images[0].width)       # (B, 3, S, S)
+    if get_worker_info():
+        batch.share_memory_()  # written where the main process reads it: no copy on the way
+    for i, image in enumerate(images):
+        pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+        batch[i] = rearrange(pixels, "(h w c) -> c h w", h=image.height, c=3)
+    return batch.div_(255)
+
+
+class Photos(Dataset):
+    """Photographs with captions. Image i is root/files[i]; its captions are the lines of texts[kinds[i]], the plain one first.
+
+    An image that cannot be read is skipped: the next one that can stands in, whatever the number of workers, and the
+    batch names it, `bad`: list of (path, reason). Flips (in training) and wordings change with the epoch.
+    Raises ValueError where no image can be read.
+    """
+
+    def __init__(self, root: str, files, texts: list[list[str]], kinds: list[int], split: str, image_size: int, seed: int,
+                 vocabulary: Vocabulary | None = None, text_len: int = 0, min_count: int = 1):
+        self.root, self.split, self.image_size, self.seed = root, split, image_size, seed
+        self.files, self.kinds = files, array("q", kinds)
+        self.texts = Strings("\n".join(lines) for lines in texts)
+        self.vocabulary = vocabulary or Vocabulary.from_captions((line for lines in texts for line in lines), min_count)
+        self.text_len = text_len or min(32, 2 + max(len(split_words(line)) for lines in texts for line in lines))
+        self.bad: dict[int, str] = {}
+        self.picture(0, [])  # that no image can be read is said here, before any long work
+
+    def __len__(self) -> int:
+        return len(self.kinds)
+
+    def read(self, index: int) -> Image.Image:
+        return decode(os.path.join(self.root, self.files[index]), self.image_size)
+
+    def picture(self, index: int, skipped: list[int]) -> tuple[int, Image.Image]:
+        """The first image from `index` on that can be read, and its index; the others are added to `skipped`."""
+        for index in itertools.chain(range(index, len(self)), range(index)):
+            try:
+                if index not in self.bad:
+                    return index, self.read(index)
+            except MemoryError:
+                raise
+            except Exception as error:  # Pillow's plugins raise nearly anything for a damaged file
+                if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE):
+                    raise  # too many open files: no fault of the image
+                self.bad[index] = " ".join(f"{type(error).__name__}: {error}".split())
+            skipped.append(index)
+        raise ValueError(f"none of the {len(self)} images below {self.root} can be read; the last one: {self.bad[index]}")
+
+    def __getitems__(self, keys: list[tuple[int, int]]) -> dict:
+        skipped, images, said = [], [], {"caption": [], "canonical": [], "full": [], "wording": []}
+        for key in keys:
+            index, image = self.picture(key[1], skipped)
+            rng = random.Random(f"{self.seed} {self.split} {key}")
+            flip = self.split != "test" and rng.random() < 0.5
+            images.append(image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else image)
+            lines = self.texts[self.kinds[index]].split("\n")
+            for name, text in zip(said, lines[:1] * 2 + (rng.sample(lines, 2) if len(lines) > 1 else lines * 2)):
+                said[name].append(self.vocabulary.encode(text, self.text_len))
+        bad = [(os.path.join(self.root, self.files[i]), self.bad[i]) for i in dict.fromkeys(skipped)]
+        return {"image": to_tensor(images), **{name: torch.tensor(ids) for name, ids in said.items()}, "bad": bad}
+
+
+class Cifar(Photos):
+    """CIFAR's images, which come as one array (N, 32, 32, 3) of bytes."""
+
+    def __init__(self, arrays, *args, **kwargs):
+        self.arrays = arrays
+        super().__init__("CIFAR-10", Strings(map(str, range(len(arrays)))), *args, **kwargs)
+
+    def read(self, index: int) -> Image.Image:
+        return fit(Image.fromarray(self.arrays[index]), self.image_size)
+
+
+def class_captions(names: str) -> list[str]:
+    """All wordings with all names of a class, "goldfish, Carassius auratus"; the first is "a photo of a goldfish"."""
+    names = [name.strip().lower() for name in names.split(",") if name.strip()]
+    articled = [("an " if re.match("(?!eu|uni|one|uk)[aeiou]", name) else "a ") + name for name in names]
+    return [wording.format(name) for name in articled for wording in WORDINGS]
+
+
+def class_names(data_dir: str, classes: list[str]) -> list[str]:
+    """The comma-separated names of class folders: from a list in data_dir, from torchvision, or the folders' own.
+
+    Raises ValueError where the folders are WordNet ids and nothing says what they mean.
+    """
+    for path in (os.path.join(data_dir, name) for name in CLASS_LISTS):
+        if os.path.isfile(path):
+            with open(path, encoding="utf-8", errors="replace") as file:
+                names = dict(line.strip().split(None, 1) for line in file if len(line.split()) > 1)
+            for name in classes:
+                if name not in names:
+                    raise ValueError(f"{path} has no name for the class folder {name}: add a line `{name} its name, another name`")
+            return [names[name] for name in classes]
+    if not all(re.fullmatch(r"n\d{8}", name) for name in classes):
+        return [name.replace("_", " ") for name in classes]
+    if len(classes) == 1000:  # the whole of ImageNet-1k: torchvision knows its names, in the order of the ids
+        from torchvision.models._meta import _IMAGENET_CATEGORIES
+        return _IMAGENET_CATEGORIES
+    raise ValueError(f"nothing says what class folders such as {classes[0]} mean: "
+                     f"put a file {CLASS_LISTS[0]} with lines `{classes[0]} its name, another name` into {data_dir}")
+
+
+def read_metadata(path: str):
+    """The (file_name, text) rows of a metadata.jsonl or metadata.csv. Raises ValueError with the row's number."""
+    number = 0
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            for number, row in enumerate(csv.DictReader(file) if path.endswith(".csv") else map(json.loads, filter(str.strip, file)), 1):
+                yield os.path.normpath(row["file_name"]), " ".join(row["text"].split())
+    except (ValueError, KeyError, TypeError, AttributeError, csv.Error) as error:
+        raise ValueError(f"{path}, near row {number}: each row needs `file_name` and `text`, both strings ({type(error).__name__}: {error})") from None
+
+
+def captioned_folder(root: str, paths: list[str]) -> tuple[list[str], list[list[str]]]:
+    """The images among paths, and their captions: metadata rows, else the name of a folder that tells images apart, else "".
+
+    More than one row of an image are other wordings of its caption.
+    """
+    captions: dict[str, list[str]] = {}
+    for path in paths:
+        if os.path.basename(path) in METADATA:
+            for name, text in read_metadata(os.path.join(root, path)):
+                captions.setdefault(os.path.join(os.path.dirname(path), name), []).append(text)
+    files = [path for path in paths if os.path.basename(path) not in METADATA]
+    if lost := sorted(captions.keys() - set(files)):
+        if len(lost) == len(captions):
+            raise ValueError(f"the metadata below {root} names no image that is there, neither {lost[0]!r}: `file_name` is relative to the metadata's folder")
+        warnings.warn(f"{len(lost)} of {len(captions)} images named by the metadata below {root} are not there, such as {lost[0]!r}")
+    folders = {os.path.dirname(path) for path in files}
+    named = {folder: class_captions(re.sub(r"[_,]", " ", os.path.basename(folder))) for folder in folders if folder and len(folders) > 1 and not captions}
+    return files, [captions.get(path) or named.get(os.path.dirname(path)) or [""] for path in files]
+
+
+def make_dataset(name: str, split: str, data_dir: str = "", image_size: int = 48, seed: int = 0,
+                 vocabulary: Vocabulary | None = None, text_len: int = 0, min_count: int = 1, cache_dir: str = "") -> Dataset:
+    """The data set `name`, one of DATASETS. split: 'pretrain', 'understand', 'reca' or 'test'.
+
+    Photographs have no bias to remove: the first three splits are the training images, 'test' is val/. A folder without
+    train/ and val/ keeps one image in twenty for 'test', always the same ones.
+    vocabulary, text_len: those of a checkpoint; else all words that occur min_count times in the training captions,
+    and the longest of these captions (at most 32 ids). cache_dir: see `list_files`.
+    Raises ValueError with a sentence for the user where the images are not as they should be.
+    """
+    if name not in DATASETS:
+        raise ValueError(f"--dataset {name}: no such data set, there are {', '.join(DATASETS)}")
+    if name == "shapes":
+        return Shapes(split, image_size, seed)
+    if not data_dir:
+        raise ValueError(f"--dataset {name} needs --data_dir, the folder of its images")
+    if split == "test" and vocabulary is None:
+        train = make_dataset(name, "pretrain", data_dir, image_size, seed, None, text_len, min_count, cache_dir)
+        vocabulary, text_len = train.vocabulary, train.text_len
+    rest = split, image_size, seed, vocabulary, text_len, min_count
+    if name == "cifar10":
+        arrays = cifar10(data_dir, train=split != "test")
+        return Cifar(arrays.data, [class_captions(c) for c in arrays.classes], arrays.targets, *rest)
+
+    if not os.path.isdir(data_dir) or not os.listdir(data_dir):
+        what = "an empty folder" if os.path.isdir(data_dir) else "a file, not a folder" if os.path.exists(data_dir) else "no such folder"
+        raise ValueError(f"--data_dir {data_dir}: {what}; give the folder that holds the images")
+    parts = [part for part in ("train", "val") if os.path.isdir(os.path.join(data_dir, part))]
+    part = "val" if split == "test" else "train"
+    if name == "imagenet":
+        if lacking := {"train", part} - set(parts):
+            raise ValueError(f"--data_dir {data_dir} has no {max(lacking)}/ in it: ImageNet is laid out as train/<wnid>/*.JPEG and "
+                             f"val/<wnid>/*.JPEG; it holds {_some(os.listdir(data_dir))}")
+        train, root = os.path.join(data_dir, "train"), os.path.join(data_dir, part)
+        classes = sorted(entry.name for entry in os.scandir(train) if entry.is_dir() and not entry.name.startswith("."))
+        if not classes:
+            raise ValueError(f"{train} has no class folders: ImageNet is laid out as train/<wnid>/*.JPEG; it holds {_some(os.listdir(train))}")
+        number = {c: i for i, c in enumerate(classes)}
+        texts = [class_captions(names) for names in class_names(data_dir, classes)]
+        files = [path for path in list_files(root, cache_dir) if os.path.basename(path) not in METADATA]
+        folders = [path.split(os.sep)[0] for path in files]
+        if strange := sorted(set(folders) - set(number)):
+            raise ValueError(f"{root} holds {strange[0]!r}, and train/ has no class folder of that name: sort the images into {part}/<wnid>/")
+        kinds = [number[folder] for folder in folders]
+    else:
+        root = os.path.join(data_dir, part) if len(parts) == 2 else data_dir
+        files, texts = captioned_folder(root, list_files(root, cache_dir))
+        if len(parts) < 2 and len(files) > 1:
+            order = sorted(range(len(files)), key=lambda i: (zlib.crc32(files[i].encode("utf-8", "surrogatepass")), i))
+            held = max(1, len(files) // 20)
+            chosen = sorted(order[:held] if split == "test" else order[held:])
+            files, texts = [files[i] for i in chosen], [texts[i] for i in chosen]
+        kinds = range(len(files))
+    if not files:
+        raise ValueError(f"no images below {root} (looked for {' '.join(sorted(SUFFIXES))}); it holds {_some(os.listdir(root))}")
+    return Photos(root, Strings(files), texts, kinds, *rest)
+
+
+DATASETS = ("shapes", "imagenet", "folder", "cifar10")
+
+
+def cifar10(data_dir: str, train: bool):
+    """torchvision's CIFAR-10 in data_dir, downloaded where it is not there. Raises ValueError where that fails."""
+    from torchvision.datasets import CIFAR10
+    try:
+        return CIFAR10(data_dir, train)
+    except RuntimeError:
+        try:
+            return CIFAR10(data_dir, train, download=True)
+        except Exception as error:
+            raise ValueError(f"CIFAR-10 is not in {data_dir} and cannot be downloaded ({error}): put cifar-10-python.tar.gz there") from None
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(sorted(names)[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "") if names else "nothing"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # The loader
 
 
@@ -359,14 +693,35 @@ class Keys:
             yield batch
 
 
-def batches(dataset: Dataset, batch_size: int, seed: int, start: int = 0, workers: int = 0):
-    """An endless iterator over batches, from batch number `start` on."""
+def batches(dataset: Dataset, batch_size: int, seed: int, start: int = 0, workers: int = 0, bad_file: str = ""):
+    """An endless iterator over batches, from batch number `start` on. Images that were skipped are named in `bad_file`, once each."""
     loader = DataLoader(dataset, batch_sampler=Keys(len(dataset), batch_size, seed, start), num_workers=workers,
-                        collate_fn=_as_is, pin_memory=torch.cuda.is_available(), persistent_workers=workers > 0)
-    return iter(loader)
+                        collate_fn=_as_is, pin_memory=torch.cuda.is_available(), persistent_workers=workers > 0,
+                        prefetch_factor=4 if workers else None, worker_init_fn=_leave_ctrl_c,
+                        generator=torch.Generator())  # its base seed must not move the global generator: a resumed run restores that
+    return _name_bad(iter(loader), bad_file)
+
+
+def _leave_ctrl_c(worker: int):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process saves first; workers end with it
+
+
+def _name_bad(loader, bad_file: str):
+    named = set()
+    if bad_file and os.path.exists(bad_file):
+        with open(bad_file, encoding="utf-8", errors="surrogateescape") as file:
+            named = {line.split("\t")[0].rstrip("\n") for line in file}
+    for batch in loader:
+        new = {path: reason for path, reason in batch.pop("bad", ()) if path not in named}
+        if new and bad_file:
+            with open(bad_file, "a", encoding="utf-8", errors="surrogateescape") as file:
+                file.writelines(f"{path}\t{reason}\n" for path, reason in new.items())
+        named |= new.keys()
+        yield batch
 
 
 def _as_is(batch):
     image = batch["image"]
-    assert image.dtype == torch.float32 and 0 <= image.min() and image.max() <= 1, f"images must be float32 in [0, 1], got {image.dtype}"
+    low, high = image.aminmax()
+    assert image.dtype == torch.float32 and 0 <= low and high <= 1, f"images must be float32 in [0, 1], got {image.dtype} in [{low}, {high}]"
     return batch
