@@ -97,14 +97,36 @@ RESIZES = {
     "offset": dict(align_corners=False),
 }
 DINOV2_OFFSET = 0.1
+ONEDNN = torch.backends.mkldnn.is_available()
+
+
+@torch.library.custom_op("encoder::onednn_linear", mutates_args=())
+def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+@onednn_linear.register_fake  # shapes alone, for torch.compile
+def _(x, weight, bias):
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+class Linear(nn.Linear):
+    """nn.Linear, but without gradients on a CPU it calls oneDNN. torch itself calls MKL there, which leaves the AVX-512 units of
+    AMD's CPUs idle: an encoder is twice as fast this way (measured on an EPYC). Both compute in float32."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        learns = torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad)
+        if learns or x.device.type != "cpu" or x.dtype != torch.float32 or torch.is_autocast_enabled("cpu") or not ONEDNN:
+            return super().forward(x)
+        return onednn_linear(x, self.weight, self.bias)
 
 
 class Attention(nn.Module):
     def __init__(self, width: int, heads: int, qkv_bias: bool):
         super().__init__()
         self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width, bias=qkv_bias)
-        self.proj = nn.Linear(width, width)
+        self.qkv = Linear(width, 3 * width, bias=qkv_bias)
+        self.proj = Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = rearrange(self.qkv(x), "b t (three h d) -> three b h t d", three=3, h=self.heads)  # (B, H, T, D/H) each
@@ -116,8 +138,8 @@ class MLP(nn.Module):
     def __init__(self, width: int, mlp_width: int, act: str):
         super().__init__()
         self.act = ACTIVATIONS[act]
-        self.fc1 = nn.Linear(width, mlp_width * (2 if act == "swiglu" else 1))
-        self.fc2 = nn.Linear(mlp_width, width)
+        self.fc1 = Linear(width, mlp_width * (2 if act == "swiglu" else 1))
+        self.fc2 = Linear(mlp_width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(self.act(self.fc1(x)))
@@ -145,9 +167,9 @@ class AttentionPool(nn.Module):
         super().__init__()
         self.heads = cfg.heads
         self.probe = nn.Parameter(torch.empty(1, cfg.width))
-        self.q = nn.Linear(cfg.width, cfg.width)
-        self.kv = nn.Linear(cfg.width, 2 * cfg.width)
-        self.proj = nn.Linear(cfg.width, cfg.width)
+        self.q = Linear(cfg.width, cfg.width)
+        self.kv = Linear(cfg.width, 2 * cfg.width)
+        self.proj = Linear(cfg.width, cfg.width)
         self.norm = nn.LayerNorm(cfg.width, cfg.norm_eps)
         self.mlp = MLP(cfg.width, cfg.mlp_width, cfg.act)
 
@@ -169,7 +191,7 @@ class ViT(nn.Module):
         grid = cfg.image_size // cfg.patch_size
         self.register_buffer("mean", torch.tensor(cfg.mean).view(3, 1, 1))
         self.register_buffer("std", torch.tensor(cfg.std).view(3, 1, 1))
-        self.patch_embed = nn.Linear(3 * cfg.patch_size**2, cfg.width, bias=not cfg.norm_pre)
+        self.patch_embed = Linear(3 * cfg.patch_size**2, cfg.width, bias=not cfg.norm_pre)
         self.pos_embed = nn.Parameter(torch.empty(grid * grid, cfg.width))
         # The class token and the registers, the class token's position embedding already added.
         self.prefix_tokens = nn.Parameter(torch.empty(cfg.cls_token + cfg.registers, cfg.width))
@@ -177,7 +199,7 @@ class ViT(nn.Module):
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.depth))
         self.norm = nn.LayerNorm(cfg.width, cfg.norm_eps)
         self.pool = AttentionPool(cfg) if cfg.pool == "attention" else None
-        self.proj = nn.Linear(cfg.width, cfg.out_width, bias=False) if cfg.out_width else nn.Identity()
+        self.proj = Linear(cfg.width, cfg.out_width, bias=False) if cfg.out_width else nn.Identity()
         self.init_weights()
 
     def init_weights(self) -> None:

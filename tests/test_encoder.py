@@ -141,10 +141,25 @@ def test_a_patch_changes_with_its_own_pixels_first():
     assert moved.tolist() == [False] * 5 + [True] + [False] * 3
 
 
+@pytest.mark.parametrize("bias", [True, False])
+def test_linear_is_linear_with_and_without_gradients(bias):
+    torch.manual_seed(0)
+    linear = E.Linear(4, 5, bias=bias)
+    for x in (torch.randn(2, 3, 4), torch.randn(3, 4), torch.randn(4, 3, 2).transpose(0, 2)):
+        expected = F.linear(x, linear.weight, linear.bias)
+        torch.testing.assert_close(linear(x), expected)
+        with torch.no_grad():
+            torch.testing.assert_close(linear(x), expected)
+    assert linear(x).requires_grad and linear(x.requires_grad_()).grad_fn is not None
+    linear.requires_grad_(False)
+    assert linear(x).requires_grad  # a frozen encoder still passes gradients on to its images
+
+
 def test_compiles_without_graph_breaks():
     vit, images = small(), torch.rand(2, 3, 12, 12)
-    compiled = torch.compile(vit, fullgraph=True, backend="eager")
-    torch.testing.assert_close(compiled(images).pooled, vit(images).pooled)
+    for learns in (True, False):
+        compiled = torch.compile(vit.requires_grad_(learns), fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(images).pooled, vit(images).pooled)
 
 
 def test_loaded_encoder_is_frozen_and_cast():
