@@ -6,7 +6,6 @@ import io
 import json
 import os
 import struct
-import zlib
 from pathlib import Path
 
 import pytest
@@ -115,11 +114,13 @@ def test_the_centre_square_is_kept(tmp_path):
 
 
 def test_draft_mode_stays_near_the_full_decode(tmp_path):
-    image = picture(2, (32, 24)).resize((640, 480), Image.Resampling.BICUBIC)
+    noise = torch.randint(256, (48 * 64 * 3,), generator=torch.Generator().manual_seed(0)).tolist()
+    image = Image.frombytes("RGB", (64, 48), bytes(noise)).resize((640, 480), Image.Resampling.BICUBIC)
     (tmp_path / "x.jpg").write_bytes(as_bytes(image, "JPEG", quality=95))
     with Image.open(tmp_path / "x.jpg") as file:
         full = data.to_tensor([data.fit(file, 64)])[0]
-    torch.testing.assert_close(first_pixels(tmp_path / "x.jpg", 64), full, atol=4 / 255, rtol=0)
+    error = (first_pixels(tmp_path / "x.jpg", 64) - full).square().mean().sqrt()
+    assert error < 0.015 and full.std() > 0.1, error
 
 
 # ---- the loader
@@ -168,9 +169,7 @@ def test_flips_follow_the_epoch_and_the_test_split_has_none(tmp_path):
 
 def bad_contents() -> dict:
     jpeg, png, webp = as_bytes(picture(1), "JPEG"), as_bytes(picture(1)), as_bytes(picture(1), "WEBP")
-    header = struct.pack(">IIBBBBB", 30_000, 30_000, 8, 2, 0, 0, 0)
-    chunk = lambda name, body: struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
-    bomb = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
+    bomb = as_bytes(Image.new("1", (10_000, 10_000)))  # whole, and within twice Pillow's limit, where Pillow only warns
     return {"truncated.jpg": jpeg[:-40], "head_only.jpg": jpeg[:30], "truncated.png": png[:-30], "truncated.webp": webp[:-20],
             "empty.jpg": b"", "text.jpg": b"a photo of nothing", "page.png": b"<!doctype html><html>404</html>",
             "noise.gif": bytes(range(7, 255)), "bomb.png": bomb, "folder.JPEG": "folder", "lost_link.jpg": "link", "pipe.jpg": "pipe"}
