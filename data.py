@@ -19,6 +19,7 @@ Every data set here answers one question, `__getitems__([(epoch, index), ...])`,
     caption   (B, T) long   <bos> words <eos> <pad> ...   what the generator reads (sparse)
     full      (B, T) long   a full description            what the understanding side reads
     wording   (B, T) long   the same in another wording
+    canonical (B, T) long   the same in a fixed wording and order, with all that fits: what the visual words learn to say
 
 # B batch, T words, H W pixels. One cell of a scene is 0 when empty, else 1 + shape * len(COLORS) + color.
 """
@@ -117,11 +118,11 @@ BACKGROUNDS = [(46, 46, 46), (107, 107, 107)]
 NUMBERS = ["one", "two", "three", "four"]
 OPPOSITE = {"left": "right", "right": "left", "above": "below", "below": "above"}
 PLACES = [f"{row} {column}" for row in ("top", "middle", "bottom") for column in ("left", "center", "right")]  # by cell
-RELATION_WORDS = {"left": "left of", "right": "right of", "above": "above", "below": "below"}
 
 KINDS = {"single": 0.32, "group": 0.23, "pair": 0.35, "several": 0.10}  # share of scenes of each kind
 USUAL = 0.7           # share of objects with their shape's usual colour, in biased scenes
 SPARSE = (0.05, 0.3, 0.0)  # a sparse caption names a color in 1 mention of 20, the relation in 3 of 10, a place never
+FULL = [(1, 1, 0), (1, 0, 1), (1, 1, 1)]  # a full description: by relations, by places, or by both
 TEXT_LEN = 18         # <bos> and 17 words: "a red circle left of a blue star and a white cross above a cyan square"
 
 
@@ -171,32 +172,35 @@ def random_scene(rng: random.Random, biased: bool, kind: str | None = None) -> S
 # The shapes world: captions, and back
 
 
-def describe(scene: Scene, rng: random.Random, name_color: float = 1.0, name_relation: float = 1.0, name_place: float = 0.5) -> str:
-    """A caption in a random wording: chances that a color, a relation and, in place of relations, the places are named.
+def describe(scene: Scene, rng: random.Random | None = None, color: float = 1, relations: float = 1, places: float = 1) -> str:
+    """A caption in a random wording; the numbers are the chances that a color, all relations and all places are named.
 
-    1, 1 and any third number give a full description; SPARSE gives the generator's captions.
+    With no rng: the canonical description, in a fixed order and with all that fits. Places need room: beside relations they
+    are said of two things, else of three at most; of four, relations stand in for them.
     """
-    placed = rng.random() < name_place and scene.kind != "group" and len(scene.things) < 4
+    chance = lambda p: p > 0 and (rng is None or rng.random() < p)
+    ordered = lambda items, key: sorted(items, key=key) if rng is None else rng.sample(items, len(items))
+    several = len(scene.things) > 2
+    placed = scene.kind != "group" and len(scene.things) < 4 and chance(places)
+    related = not (placed and several) and chance(relations if placed else max(relations, places))
 
     def phrase(thing: Thing, count: int = 1) -> str:
-        color = COLORS[thing.color] + " " if rng.random() < name_color else ""
+        name = (COLORS[thing.color] + " " if chance(color) else "") + (PLURALS if count > 1 else SHAPES)[thing.shape]
         if count > 1:
-            return f"{NUMBERS[count - 1]} {color}{PLURALS[thing.shape]}"
-        article = "one" if rng.random() < 0.25 else "an" if color == "orange " else "a"
-        return f"{article} {color}{SHAPES[thing.shape]}" + (f" {PLACES[thing.cell]}" if placed else "")
+            return f"{NUMBERS[count - 1]} {name}"
+        article = "one" if rng and rng.random() < 0.25 else "an" if name.startswith("orange") else "a"
+        return f"{article} {name}" + (f" {PLACES[thing.cell]}" if placed else "")
 
     if scene.kind == "group":
         return phrase(scene.things[0], len(scene.things))
     parts = []
-    for pair in (scene.things[:2], scene.things[2:]):
-        pair = rng.sample(pair, len(pair))  # either may be the subject
-        if len(pair) == 2:
-            named = not placed and rng.random() < name_relation
-            link = RELATION_WORDS[relation(pair[0].cell, pair[1].cell)] if named else "and"
-            parts.append(f"{phrase(pair[0])} {link} {phrase(pair[1])}")
-        elif pair:
-            parts.append(phrase(pair[0]))
-    rng.shuffle(parts)
+    for pair in ordered([scene.things[:2], scene.things[2:]], key=lambda pair: [t.shape for t in pair][-1:] or [99]):
+        pair = ordered(pair, key=lambda thing: thing.shape)  # either may be the subject
+        link = "and"
+        if related and len(pair) == 2:
+            link = relation(pair[0].cell, pair[1].cell)
+            link = f"{link} of" if link in ("left", "right") else f"directly {link}" if chance(0.5) or rng is None else link
+        parts += [f" {link} ".join(map(phrase, pair))] if pair else []
     return " and ".join(parts)
 
 
@@ -226,6 +230,8 @@ def parse(text: str) -> Claim | None:
         if not words:
             return Claim(tuple(phrases), tuple(relations))
         word, link = words.pop(0), None
+        if word == "directly" and words and words[0] in ("above", "below"):
+            word = words.pop(0)
         if word in OPPOSITE:
             link = word
             if word in ("left", "right") and (not words or words.pop(0) != "of"):
@@ -331,16 +337,17 @@ class Shapes(Dataset):
     def __getitems__(self, keys: list[tuple[int, int]]) -> dict[str, torch.Tensor]:
         scenes = [self.scene(index) for _, index in keys]
         rngs = [random.Random(f"{self.seed} {self.split} {key}") for key in keys]
-        chances = {"caption": SPARSE, "full": (), "wording": ()}
-        texts = {name: torch.tensor([self.vocabulary.encode(describe(s, r, *chance), self.text_len) for s, r in zip(scenes, rngs)])
-                 for name, chance in chances.items()}
+        texts = {"caption": [describe(s, r, *SPARSE) for s, r in zip(scenes, rngs)], "canonical": [describe(s) for s in scenes],
+                 "full": [describe(s, r, *r.choice(FULL)) for s, r in zip(scenes, rngs)],
+                 "wording": [describe(s, r, *r.choice(FULL)) for s, r in zip(scenes, rngs)]}
+        texts = {name: torch.tensor([self.vocabulary.encode(text, self.text_len) for text in lines]) for name, lines in texts.items()}
         grid = torch.tensor([to_grid(s) for s in scenes])
         background = torch.tensor([s.background for s in scenes])
         return {"image": render(grid, background, self.atlas), "grid": grid, **texts}
 
 
 def shapes_words() -> list[str]:
-    return ["a", "an", "and", "left", "right", "above", "below", "of", "top", "middle", "bottom", "center"] + NUMBERS + COLORS + SHAPES + PLURALS
+    return ["a", "an", "and", "left", "right", "above", "below", "directly", "of", "top", "middle", "bottom", "center"] + NUMBERS + COLORS + SHAPES + PLURALS
 
 
 # ----------------------------------------------------------------------------------------------------------------------
