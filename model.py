@@ -184,7 +184,6 @@ class MaskedCodes(nn.Module):
 
     def __init__(self, cfg: ModelConfig):
         super().__init__()
-        self.tokenizer = Tokenizer(cfg)
 
     def embed(self, model, codes):                                               # (B, N) in [0, C], C is [MASK] -> (B, N, D)
         return model.wte(codes + model.cfg.vocab_size)
@@ -220,6 +219,19 @@ class MaskedPatches(nn.Module):
 IMAGES = {"flow": NoisedPatches, "ar": CausalCodes, "mask": MaskedCodes, "mar": MaskedPatches}
 
 
+class ModulatedMLP(nn.Module):
+    """A residual MLP whose input is shifted and scaled, and whose output is gated, by a condition (adaLN-zero, arXiv 2212.09748)."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.norm, self.ada = nn.RMSNorm(width), nn.Linear(width, 3 * width)
+        self.up_proj, self.down_proj = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
+
+    def forward(self, x, c):                                                     # (..., W), (..., W) -> (..., W)
+        shift, scale, gate = self.ada(c).chunk(3, -1)
+        return x + gate * self.down_proj(F.silu(self.up_proj(self.norm(x) * (1 + scale) + shift)))
+
+
 class FlowMLP(nn.Module):
     """x-prediction for one patch: its noised self, its time and the transformer's state -> the clean patch.
 
@@ -231,19 +243,15 @@ class FlowMLP(nn.Module):
         width, pixels = cfg.flow_mlp_width, 3 * cfg.patch_size ** 2
         self.in_proj, self.cond_proj = nn.Linear(pixels, width), nn.Linear(cfg.width, width)
         self.t_embed = TimeEmbedding(width)
-        self.norms = nn.ModuleList(nn.RMSNorm(width, elementwise_affine=False) for _ in range(cfg.flow_mlp_depth + 1))
-        self.ada = nn.ModuleList(nn.Linear(width, 3 * width) for _ in range(cfg.flow_mlp_depth))
-        self.up = nn.ModuleList(nn.Linear(width, 2 * width) for _ in range(cfg.flow_mlp_depth))
-        self.down = nn.ModuleList(nn.Linear(2 * width, width) for _ in range(cfg.flow_mlp_depth))
-        self.flow_head = nn.Linear(width, pixels)
+        self.blocks = nn.ModuleList(ModulatedMLP(width) for _ in range(cfg.flow_mlp_depth))
+        self.norm, self.flow_head = nn.RMSNorm(width), nn.Linear(width, pixels)
 
     def forward(self, x_t, t, h):                                                # (..., P), (...), (..., D) -> (..., P)
         x = self.in_proj(x_t)                                                    # (..., W)
         c = F.silu(self.t_embed(t) + self.cond_proj(h))
-        for norm, ada, up, down in zip(self.norms, self.ada, self.up, self.down):
-            shift, scale, gate = ada(c).chunk(3, -1)
-            x = x + gate * down(F.silu(up(norm(x) * (1 + scale) + shift)))
-        return self.flow_head(self.norms[-1](x))
+        for block in self.blocks:
+            x = block(x, c)
+        return self.flow_head(self.norm(x))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -326,6 +334,7 @@ class UnifiedModel(nn.Module):
         assert cfg.paradigm in IMAGES, f"{cfg.paradigm=} must be one of {', '.join(IMAGES)}"
         self.cfg = cfg
         self.image = IMAGES[cfg.paradigm](cfg)
+        self.tokenizer = Tokenizer(cfg) if self.image.tokens(cfg) else None      # of codes: trained first, then frozen
         tokens = cfg.vocab_size + self.image.tokens(cfg)
         self.wte = nn.Embedding(tokens, cfg.width)
         self.text_pos = nn.Parameter(torch.empty(2 * cfg.text_len, cfg.width))   # a prefix, and the words that answer it
@@ -354,11 +363,6 @@ class UnifiedModel(nn.Module):
     @property
     def device(self):
         return self.wte.weight.device
-
-    @property
-    def tokenizer(self) -> Tokenizer | None:
-        """Of the paradigms that draw codes: trained first, then frozen."""
-        return getattr(self.image, "tokenizer", None)
 
     # -- prefixes ------------------------------------------------------------------------------------------------------
 

@@ -143,13 +143,16 @@ def recon_loss(model, encoder, images, train_connector=False):
     lest words drift to new meanings. `train_connector` lets the last two learn (photographs, where captions taught too little).
     """
     with torch.set_grad_enabled(train_connector and torch.is_grad_enabled()):
-        prefix = model.visual_prefix(see(model, encoder, images, train_connector))   # (B, T, D)
+        prefix = model.visual_prefix(see(model, encoder, images))                # (B, T, D)
     return image_loss(model, prefix, images)
 
 
-def i2t_loss(model, encoder, images, caption, train_connector=False):
-    """-log p(caption | visual words): understanding. images (B, 3, H, W), caption (B, T) -> scalar, visual words (B, K, V)."""
-    words = see(model, encoder, images, train_connector)
+def i2t_loss(model, encoder, images, caption):
+    """-log p(caption | visual words): understanding. images (B, 3, H, W), caption (B, T) -> scalar, visual words (B, K, V).
+
+    Trains the connector where that is not frozen, as it is in all of RecA.
+    """
+    words = see(model, encoder, images)                                          # (B, K, V)
     return text_loss(model, model.visual_prefix(words), caption), words
 
 
@@ -165,12 +168,11 @@ def text_loss(model, prefix, target):
     return F.cross_entropy(logits.flatten(0, 1).float(), words.flatten(), ignore_index=PAD)
 
 
-def see(model, encoder, images, train_connector=False):
-    """Images (B, 3, H, W) -> their visual words (B, K, V). The encoder is frozen always, the connector in all of RecA."""
+def see(model, encoder, images):
+    """Images (B, 3, H, W) -> their visual words (B, K, V). The encoder is frozen, always."""
     with torch.no_grad():
         features = encoder(images).patch_tokens                                  # (B, tokens, D_enc)
-    with torch.set_grad_enabled(train_connector and torch.is_grad_enabled()):
-        return model.visual_words(features)
+    return model.visual_words(features)
 
 
 def entropy(words):
@@ -225,7 +227,7 @@ def total_loss(model, encoder, batch, weights, progress=0.0, tower=None, caption
     if "replay" in on:
         parts["replay"] = t2i_loss(model, replay["caption"], replay["image"])
     if "i2t" in on:
-        parts["i2t"], words = i2t_loss(model, encoder, understand["image"], understand["full"], train_connector)
+        parts["i2t"], words = i2t_loss(model, encoder, understand["image"], understand["full"])
         if "entropy" in on:
             parts["entropy"] = entropy(words)
     if "t2t" in on:
