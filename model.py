@@ -50,6 +50,7 @@ class ModelConfig:
     encoder_width: int = 128      # width of the understanding encoder's patch tokens
     connector_depth: int = 3
     paradigm: str = "flow"        # a key of IMAGES
+    draws: int = 1                # in training, how often each image is noised or masked behind its prefix
     noise_scale: float = 2.0      # flow, mar: standard deviation of the noise; larger for larger patches, arXiv 2511.13720
     flow_mlp_width: int = 256     # mar: the head that draws one patch
     flow_mlp_depth: int = 3
@@ -395,15 +396,22 @@ class UnifiedModel(nn.Module):
         """Logits of the words that follow `prefix` (B, T, D), given those so far, `ids` (B, S): (B, S + 1, V)."""
         x = prefix if ids is None or not ids.shape[1] else torch.cat([prefix, self.wte(ids)], 1)
         x = x + self.text_pos[: x.shape[1]]
-        h = self.trunk(x, causal_mask(x.shape[1], x.shape[1], x.device))
+        h = self.trunk(x, causal_mask(x.shape[1], x.device))
         return self.write(h[:, prefix.shape[1] - 1:])
 
     def predict_image(self, prefix, *inputs):
-        """What the image positions say, given a prefix (B, T, D) and what they hold: see `embed` and `head` in the paradigm's class."""
+        """What the image positions say, given a prefix (B, T, D) and what they hold: see `embed` and `head` in the paradigm's class.
+
+        The inputs may be `draws` times as many as the prefixes: draws of one image, masked or noised apart, then share its
+        prefix, which costs more than they do. None sees another.
+        """
         T, N = prefix.shape[1], self.cfg.image_len
-        x = torch.cat([prefix + self.text_pos[:T], self.image.embed(self, *inputs) + self.image_pos], 1)
-        h = self.trunk(x, causal_mask(T + N, T + N if self.image.causal else T, x.device))
-        return self.image.head(self, h[:, T:])
+        image = self.image.embed(self, *inputs) + self.image_pos                 # (B * draws, N, D)
+        draws = len(image) // len(prefix)
+        image = rearrange(image, "(b draws) n d -> b (draws n) d", draws=draws)
+        x = torch.cat([prefix + self.text_pos[:T], image], 1)
+        h = self.trunk(x, prefix_mask(T, N, draws, self.image.causal, x.device))
+        return self.image.head(self, rearrange(h[:, T:], "b (draws n) d -> (b draws) n d", draws=draws))
 
     # -- the same with the prefix read once ----------------------------------------------------------------------------
 
@@ -411,7 +419,7 @@ class UnifiedModel(nn.Module):
         """The keys and values of a prefix (B, T, D), with room for so many more: computed once, used by every sampling step."""
         B, T, _ = prefix.shape
         cache = KVCache(self.cfg, B, T + room, prefix.device, prefix.dtype)
-        self.trunk(prefix + self.text_pos[:T], causal_mask(T, T, prefix.device), cache)
+        self.trunk(prefix + self.text_pos[:T], causal_mask(T, prefix.device), cache)
         cache.length = cache.prefix = T
         return cache
 
@@ -459,7 +467,7 @@ class CaptionTower(nn.Module):
     def forward(self, ids, patch_tokens):
         """Captions (B, T), patch tokens (B, tokens, D_enc) -> text embedding (B, D_enc), next-word logits (B, T, V)."""
         x = self.wte(ids) + self.text_pos[: ids.shape[1]]
-        mask = causal_mask(ids.shape[1], ids.shape[1], ids.device)
+        mask = causal_mask(ids.shape[1], ids.device)
         for block in self.blocks[: self.uni]:
             x = block(x, mask=mask)
         end = (ids == 2).int().argmax(1)                                         # data.EOS
@@ -469,10 +477,18 @@ class CaptionTower(nn.Module):
         return text, self.lm_head(self.norm(x))
 
 
-def causal_mask(length: int, text: int, device) -> torch.Tensor:
-    """(length, length), True where a row may see a column: causal over the first `text`, the image after it sees all."""
-    row = torch.arange(length, device=device)[:, None]
-    return (row >= torch.arange(length, device=device)) | (row >= text)
+def causal_mask(length: int, device) -> torch.Tensor:
+    """(length, length), True where a row may see a column: itself and all before it."""
+    return torch.ones(length, length, dtype=torch.bool, device=device).tril()
+
+
+def prefix_mask(T: int, N: int, draws: int, causal: bool, device) -> torch.Tensor:
+    """(T + draws * N) squared: the prefix is causal; an image sees the prefix and itself, all of it or what is before."""
+    row = torch.arange(T + draws * N, device=device)
+    draw = torch.where(row < T, -1, (row - T) // N)                              # -1: the prefix
+    mine = (draw == -1) | (draw[:, None] == draw)
+    seen = row[:, None] >= row
+    return mine & (seen if causal else seen | (row[:, None] >= T))
 
 
 def patchify(images, patch_size: int):

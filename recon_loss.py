@@ -48,8 +48,9 @@ def velocity(x_pred, x_t, t):
 
 def noised(x, per_token, noise_scale):
     """Clean patches (B, N, P) -> x_t and its t, logit-normal (arXiv 2403.03206): one t an image (B, 1, 1), or a patch (B, N, 1)."""
-    t = torch.randn(len(x), x.shape[1] if per_token else 1, 1, device=x.device)
-    t = torch.sigmoid(LOGIT_NORMAL_MEAN + LOGIT_NORMAL_STD * t)
+    u = torch.rand(len(x), x.shape[1] if per_token else 1, 1, device=x.device)
+    u = (u.argsort(0) + torch.rand_like(u)) / len(u)  # one in each of B equal strata: less noise in the gradient, arXiv 2107.00630, I.1
+    t = torch.sigmoid(LOGIT_NORMAL_MEAN + LOGIT_NORMAL_STD * torch.special.ndtri(u.clamp(1e-6, 1 - 1e-6)))
     return interpolate(x, torch.randn_like(x) * noise_scale, t), t
 
 
@@ -112,6 +113,7 @@ IMAGE_LOSS = {"flow": flow_loss, "ar": ar_loss, "mask": mask_loss, "mar": mar_lo
 
 def image_loss(model, prefix, images):
     """The model's own image loss after a prefix, with one condition in ten dropped. (B, T, D), (B, 3, H, W) -> scalar."""
+    images = images.repeat_interleave(model.cfg.draws, 0)                        # as MAR does for its head, arXiv 2406.11838
     return IMAGE_LOSS[model.cfg.paradigm](model, drop_prefix(model, prefix, DROP), images)
 
 
