@@ -25,7 +25,7 @@ from tqdm import tqdm
 from data import BOS, EOS, PAD, Vocabulary
 from encoder import ViT, ViTConfig, load_encoder
 from model import ModelConfig, UnifiedModel, unpatchify
-from recon_loss import null_caption, velocity
+from recon_loss import interpolate, null_caption
 
 FORMAT = 1          # of a checkpoint, see load_checkpoint
 MAX_BATCH = 128     # images drawn at a time
@@ -39,6 +39,7 @@ class Sampling:
     """How to draw; a paradigm reads what it needs."""
     cfg_scale: float = 2.5    # guidance; 1 is none
     steps: int = 25           # passes through the transformer (flow, mask, mar); ar takes one a code
+    renew: float = 0.0        # flow, mar: share of the noise drawn anew at each step; 0 is Euler's, 1 forgets the noise of before
     temperature: float = 1.0  # of the codes (ar, mask: 0 is greedy) or of the head's noise (mar)
     top_k: int = 0            # ar: only the k likeliest codes; 0 is all
     top_p: float = 1.0        # ar: only the likeliest codes that together have this chance
@@ -48,7 +49,7 @@ class Sampling:
 
 
 def sample_flow(model, prefix, how, generator):
-    """flow: Euler steps along the predicted velocity from noise (t = 0) to image (t = 1). (B, T, D) -> (B, 3, H, W)."""
+    """flow: from noise (t = 0) to image (t = 1), all patches together. (B, T, D) -> (B, 3, H, W)."""
     cache = read_guided(model, prefix, how)
     x_t = normal((len(prefix), model.cfg.image_len, 3 * model.cfg.patch_size ** 2), generator).to(prefix) * model.cfg.noise_scale
 
@@ -56,7 +57,7 @@ def sample_flow(model, prefix, how, generator):
         x_in = torch.cat([x_t, x_t]) if how.cfg_scale != 1 else x_t              # (2 B, N, P)
         return guide(model.predict_image_cached(cache, x_in, t.expand(len(x_in))), how)
 
-    return unpatchify(euler(predict, x_t, how.steps), model.cfg.patch_size)
+    return unpatchify(denoise(predict, x_t, how, how.steps, generator, model.cfg.noise_scale), model.cfg.patch_size)
 
 
 def sample_ar(model, prefix, how, generator):
@@ -105,25 +106,35 @@ def sample_mar(model, prefix, how, generator):
             return guide(model.image.flow_mlp(x_in, t.expand(x_in.shape[:2]), h), how)
 
         noise = normal((B, group.shape[1], P), generator).to(prefix) * model.cfg.noise_scale * how.temperature
-        x = x.scatter(1, group[..., None].expand(-1, -1, P), euler(predict, noise, HEAD_STEPS))
+        drawn = denoise(predict, noise, how, HEAD_STEPS, generator, model.cfg.noise_scale * how.temperature)
+        x = x.scatter(1, group[..., None].expand(-1, -1, P), drawn)
         masked, done = masked.scatter(1, group, False), N - left
     return unpatchify(x, model.cfg.patch_size)
 
 
 # What each paradigm draws with, and how unless told otherwise
 IMAGE_SAMPLER = {
-    "flow": (sample_flow, Sampling(cfg_scale=2.5, steps=25)),
+    "flow": (sample_flow, Sampling(cfg_scale=2.0, steps=50, renew=1.0)),
     "ar": (sample_ar, Sampling(cfg_scale=2.5)),
     "mask": (sample_mask, Sampling(cfg_scale=2.5, steps=12)),
     "mar": (sample_mar, Sampling(cfg_scale=2.5, steps=9)),
 }
 
 
-def euler(predict, x_t, steps):
-    """Noise x_t (B, N, P) -> image, by `steps` Euler steps; predict(x_t, t) is the clean image that the model sees."""
+def denoise(predict, x_t, how, steps, generator, scale):
+    """Noise x_t (B, N, P) -> image in `steps` steps; predict(x_t, t) is the clean image that the model sees.
+
+    An Euler step keeps the noise that x_t holds: x_s = s x_pred + (1 - s) noise with noise = (x_t - t x_pred) / (1 - t), which equals
+    x_t + (s - t) velocity. `how.renew` mixes fresh noise in, by variance (DDIM's eta, arXiv 2010.02502, eq. 16): an early mistake, such as one
+    object too many, can then be unmade. Steps go by t_i = (i / steps)^TIME_POWER.
+    """
     times = (torch.arange(steps + 1, device=x_t.device) / steps) ** TIME_POWER
     for t, t_next in zip(times[:-1], times[1:]):
-        x_t = x_t + (t_next - t) * velocity(predict(x_t, t), x_t, t)
+        x_pred = predict(x_t, t)
+        noise = (x_t - t * x_pred) / (1 - t)
+        if how.renew:
+            noise = (1 - how.renew ** 2) ** 0.5 * noise + how.renew * scale * normal(noise.shape, generator).to(noise)
+        x_t = interpolate(x_pred, noise, t_next)
     return x_t
 
 
