@@ -28,6 +28,7 @@ import sys
 import urllib.error
 import urllib.request
 import zipfile
+from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -289,9 +290,8 @@ MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
 
 
 def unique(pairs: list) -> dict:
-    names = [name for name, _ in pairs]
-    if twice := {name for name in names if names.count(name) > 1}:
-        raise ValueError(f"{', '.join(sorted(twice))} occurs twice")
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError(f"{Counter(name for name, _ in pairs).most_common(1)[0][0]} occurs twice")
     return dict(pairs)
 
 
@@ -342,11 +342,12 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # a damaged pickle or zip can raise nearly anything; weights_only keeps it from running code
-        raise ValueError(f"torch.load(weights_only=True) cannot read it ({type(error).__name__} {str(error).partition(chr(10))[0]:.120})") from None
+        reason = f"{type(error).__name__} {error}".partition("\n")[0]
+        raise ValueError(f"torch.load(weights_only=True) cannot read it ({reason:.150})") from None
     for wrapper in ("state_dict", "model"):
         tensors = tensors.get(wrapper, tensors) if isinstance(tensors, dict) else tensors
     if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
-        raise ValueError(f"holds no state dict, that is names and tensors")
+        raise ValueError("it holds no state dict, that is names and tensors")
     return tensors
 
 
@@ -409,8 +410,8 @@ FAMILIES = (  # family, tensors, activation, eps, mean and std, resizing of posi
 HEADS = {1152: 16, 1280: 16, 1408: 16, 1664: 16}  # So400m, H, g, bigG; heads of every other public model have 64 channels
 CONFIG_FIELDS = {  # what config.json (transformers, timm) and open_clip_config.json call the fields of ViTConfig
     "hidden_size": "width", "num_features": "width", "width": "width", "num_hidden_layers": "depth", "layers": "depth",
-    "num_attention_heads": "heads", "num_heads": "heads", "intermediate_size": "mlp_width", "patch_size": "patch_size", "image_size": "image_size",
-    "num_register_tokens": "registers", "layer_norm_eps": "norm_eps"}
+    "num_attention_heads": "heads", "num_heads": "heads", "intermediate_size": "mlp_width", "num_register_tokens": "registers",
+    "patch_size": "patch_size", "image_size": "image_size", "layer_norm_eps": "norm_eps"}
 ACT_NAMES = {"gelu": "gelu", "quick_gelu": "quick_gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
 TIMM_TANH = re.compile(r"vit_(giantopt|base_patch32|so400m_patch16)\w*siglip|vit_large_patch16_siglip(_gap)?_512")
 TIMM_POOLS = {"token": "cls", "avg": "mean", "map": "attention", "": "none"}
@@ -428,36 +429,36 @@ def some(names) -> str:
 def read_config(folder: Path, tensors: dict[str, Tensor]) -> dict:
     """What the publisher's JSON files beside the weights state, in ViTConfig's words; empty where there are none."""
     open_clip, config = any(name.startswith("visual.") for name in tensors), {}
-    for name in ["open_clip_config.json"] if open_clip else ["preprocessor_config.json", "config.json"]:
-        if (folder / name).exists():
-            try:
-                config |= json.loads((folder / name).read_text())
-            except (ValueError, TypeError) as error:
-                raise ValueError(f"{name} beside it is no JSON object ({error})") from None
-    model = config.get("model_cfg", {})
-    vision = config.get("vision_config") or model.get("vision_cfg") or config | config.get("model_args", {})
-    timm_name = vision.get("timm_model_name") or config.get("architecture") or ""
-    stats = config.get("preprocess_cfg") or config.get("pretrained_cfg") or config
-    stated = {ours: vision[theirs] for theirs, ours in CONFIG_FIELDS.items() if theirs in vision}
-    if odd := {ours: value for ours, value in stated.items() if not isinstance(value, (int, float))}:
-        raise ValueError(f"the config beside it states {odd}, which are no numbers")
-    if "head_width" in vision:
-        stated["heads"] = vision["width"] // vision["head_width"]
-    if act := "quick_gelu" if model.get("quick_gelu") or "quickgelu" in timm_name else vision.get("hidden_act"):
-        if act not in ACT_NAMES:
-            raise ValueError(f"its config states the activation {act}; known are {', '.join(ACT_NAMES)}")
-        stated["act"] = ACT_NAMES[act]
-    if TIMM_TANH.match(timm_name):
-        stated["act"] = "gelu_tanh"
-    if config.get("global_pool") in TIMM_POOLS:
-        stated["pool"] = TIMM_POOLS[config["global_pool"]]
-    if vision.get("vision_use_head") is False:  # SigLIP without its head
-        stated["pool"] = "none"
-    if config.get("architectures") == ["CLIPVisionModel"]:  # CLIP without its projection
-        stated["out_width"] = 0
-    for ours in ("mean", "std"):
-        if value := stats.get(ours) or stats.get(f"image_{ours}"):
-            stated[ours] = tuple(value)
+    try:
+        for name in ["open_clip_config.json"] if open_clip else ["preprocessor_config.json", "config.json"]:
+            config |= json.loads((folder / name).read_text()) if (folder / name).exists() else {}
+        model = config.get("model_cfg", {})
+        vision = config.get("vision_config") or model.get("vision_cfg") or config | config.get("model_args", {})
+        timm_name = vision.get("timm_model_name") or config.get("architecture") or ""
+        stated = {ours: vision[theirs] for theirs, ours in CONFIG_FIELDS.items() if theirs in vision}
+        if odd := {ours: value for ours, value in stated.items() if type(value) is not (float if ours == "norm_eps" else int)}:
+            raise ValueError(f"it states {odd}")
+        if "head_width" in vision:
+            stated["heads"] = vision["width"] // vision["head_width"]
+        if act := "quick_gelu" if model.get("quick_gelu") or "quickgelu" in timm_name else vision.get("hidden_act"):
+            if act not in ACT_NAMES:
+                raise ValueError(f"it states the activation {act}; known are {', '.join(ACT_NAMES)}")
+            stated["act"] = ACT_NAMES[act]
+        if TIMM_TANH.match(timm_name):
+            stated["act"] = "gelu_tanh"
+        if config.get("global_pool") in TIMM_POOLS:
+            stated["pool"] = TIMM_POOLS[config["global_pool"]]
+        if vision.get("vision_use_head") is False:  # SigLIP without its head
+            stated["pool"] = "none"
+        if config.get("architectures") == ["CLIPVisionModel"]:  # CLIP without its projection
+            stated["out_width"] = 0
+        stats = config.get("preprocess_cfg") or config.get("pretrained_cfg") or config
+        for ours in ("mean", "std"):
+            if value := stats.get(ours) or stats.get(f"image_{ours}"):
+                red, green, blue = map(float, value)
+                stated[ours] = (red, green, blue)
+    except (ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError) as error:  # whatever a damaged JSON leads to
+        raise ValueError(f"the config beside it cannot be used: {error}") from None
     return stated
 
 
@@ -486,22 +487,23 @@ def recognise(tensors: dict[str, Tensor], named: dict[str, Tensor], stated: dict
             break
     else:
         raise ValueError(f"no layout of CLIP, SigLIP, DINOv2, timm or torchvision; its tensors are {some(tensors)}")
-    for name, ndim in (("patch_embed.weight", 4), ("positions", 2), ("blocks.0.mlp.fc1.weight", 2), ("blocks.0.mlp.fc2.weight", 2)):
+    needed = dict(patch_embed=("patch_embed.weight", 4), fc1=("blocks.0.mlp.fc1.weight", 2), fc2=("blocks.0.mlp.fc2.weight", 2))
+    for name, ndim in (*needed.values(), ("positions", 2)):
         if name not in named or named[name].ndim < ndim:
             raise ValueError(f"{family} needs {name} with {ndim} dimensions, which is missing or has fewer")
-    patch, fc1, fc2 = (named[name].shape for name in ("patch_embed.weight", "blocks.0.mlp.fc1.weight", "blocks.0.mlp.fc2.weight"))
+    patch, fc1, fc2 = (named[name].shape for name, _ in needed.values())
     grid = math.isqrt(named["positions"].shape[-2])  # class token and registers are too few to reach the next square
-    shown = dict(
-        width=patch[0], patch_size=patch[3], mlp_width=fc2[1], registers=named["registers"].shape[-2] if "registers" in named else 0,
-        depth=len({name.split(".")[1] for name in named if name.startswith("blocks.")}))
+    shown = dict(width=patch[0], patch_size=patch[3], mlp_width=fc2[1],
+                 registers=named["registers"].shape[-2] if "registers" in named and named["registers"].ndim > 1 else 0,
+                 depth=len({name.split(".")[1] for name in named if name.startswith("blocks.")}))
     for field in shown.keys() & stated.keys():
         if shown[field] != stated[field]:
             raise ValueError(f"the config beside it states {field} = {stated[field]}, its tensors show {shown[field]}")
     pool = "attention" if "pool.probe" in named or family.startswith("SigLIP") else "cls" if "cls_token" in named else "mean"
     cfg = replace(ViTConfig(
-        family=family, image_size=grid * patch[3], heads=HEADS.get(patch[0], patch[0] // 64 if patch[0] % 64 == 0 else 0), act=act, norm_eps=norm_eps, mean=mean, std=std,
-        cls_token="cls_token" in named, norm_pre="norm_pre.weight" in named, pool=pool, pos_resize=pos_resize,
-        qkv_bias=any(re.fullmatch(r"blocks\.\d+\.attn\.q(kv)?\.bias", name) for name in named), **shown), **stated)
+        family=family, image_size=grid * patch[3], heads=HEADS.get(patch[0], patch[0] // 64 if patch[0] % 64 == 0 else 0), act=act,
+        norm_eps=norm_eps, cls_token="cls_token" in named, norm_pre="norm_pre.weight" in named, pool=pool, pos_resize=pos_resize,
+        qkv_bias=any(re.fullmatch(r"blocks\.\d+\.attn\.q(kv)?\.bias", name) for name in named), mean=mean, std=std, **shown), **stated)
     if fc1[0] == 2 * fc2[1]:
         cfg.act = "swiglu"
     if cfg.pool == "mean" and "fc_norm.weight" in bare:
@@ -511,18 +513,20 @@ def recognise(tensors: dict[str, Tensor], named: dict[str, Tensor], stated: dict
     elif family in ("CLIP, transformers", "CLIP, OpenCLIP") and "out_width" not in stated and "pre_layrnorm.weight" not in tensors:
         raise ValueError(f"{family} needs a projection, visual_projection.weight or visual.proj, which is missing")
     if cfg.image_size // cfg.patch_size != grid:
-        raise ValueError(f"the config beside it states image_size = {cfg.image_size}, its positions are those of {grid} x {grid} patches")
+        raise ValueError(f"the config beside it states image_size = {cfg.image_size}, its positions show {grid} x {grid} patches")
     if cfg.heads < 1 or cfg.width % cfg.heads:
-        raise ValueError(f"the number of heads cannot be told from width {cfg.width}; state num_attention_heads in a config.json beside it")
+        raise ValueError(f"the number of heads cannot be told from width {cfg.width}: "
+                         f"state num_attention_heads, which has to divide it, in a config.json beside the file")
     return cfg
 
 
 def fill(model: ViT, named: dict[str, Tensor], dtype: torch.dtype) -> None:
-    """Give every tensor of the model its values and every tensor of the file its place, or raise a ValueError that names them."""
+    """Give every tensor of the model its values and every tensor of the file its place, or raise a ValueError that names them.
+    Empties named. With tensors on the meta device it is a rehearsal that costs no memory."""
     cfg, D, wrong, made = model.cfg, model.cfg.width, [], {}
 
     def take(name: str, *shape: int) -> Tensor:
-        """The tensor if it has the shape (tokens and positions may have leading axes of size 1), otherwise zeros and a complaint."""
+        """The tensor if it has the shape (tokens and positions may have leading axes of size 1), otherwise a complaint."""
         tensor = named.pop(name, None)
         if tensor is None:
             wrong.append(f"{name} is missing")
@@ -530,15 +534,15 @@ def fill(model: ViT, named: dict[str, Tensor], dtype: torch.dtype) -> None:
             wrong.append(f"{name} is {tensor.dtype} {list(tensor.shape)} instead of float {list(shape)}")
         else:
             return tensor.view(shape)
-        return torch.zeros(shape)
+        return torch.zeros(shape, device="meta")
 
     # What our ViT keeps in another form than the file: first the tokens, ...
     own = named["positions"].shape[-2] - len(model.pos_embed)  # prefix tokens that have a position embedding
     if own not in (0, cfg.cls_token, cfg.cls_token + cfg.registers):
-        raise ValueError(f"{own + len(model.pos_embed)} positions are no square grid and {cfg.cls_token + cfg.registers} tokens before it")
+        raise ValueError(f"{own + len(model.pos_embed)} positions are no square grid after {cfg.cls_token + cfg.registers} tokens")
     positions = take("positions", own + len(model.pos_embed), D)
     prefix = [take(name, n, D) for name, n in (("cls_token", int(cfg.cls_token)), ("registers", cfg.registers)) if n]
-    made["prefix_tokens"] = torch.cat([*prefix, torch.zeros(0, D)])
+    made["prefix_tokens"] = torch.cat([*prefix, positions[:0]]).float()
     made["prefix_tokens"][:own] += positions[:own]
     made["pos_embed"] = positions[own:]
     made["patch_embed.weight"] = take("patch_embed.weight", D, 3, cfg.patch_size, cfg.patch_size).flatten(1)
@@ -660,6 +664,7 @@ def load_encoder(name_or_path: str | Path, dtype: torch.dtype = torch.float32) -
         named = rename(tensors)
         with torch.device("meta"):  # no memory, no initialisation: every tensor comes from the file
             model = ViT(recognise(tensors, named, read_config(file.parent, tensors)))
+        fill(model, {name: tensor.to("meta") for name, tensor in named.items()}, dtype)  # finds all that is wrong first
         fill(model, named, dtype)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from None
@@ -672,7 +677,7 @@ def load_image(path: str, cfg: ViTConfig) -> Tensor:
     """(1, 3, H, W) in [0, 1]: the whole picture, its shorter side about cfg.image_size, both sides a multiple of the patch."""
     try:
         image = Image.open(path).convert("RGB")
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # PIL calls some damaged files a SyntaxError
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # all of them PIL's
         raise ValueError(f"{path} is no image that can be read ({error})") from None
     scale = cfg.image_size / min(image.size) / cfg.patch_size
     size = [max(1, round(side * scale)) * cfg.patch_size for side in image.size]
@@ -680,10 +685,11 @@ def load_image(path: str, cfg: ViTConfig) -> Tensor:
 
 
 def pca_colours(tokens: Tensor) -> Tensor:
-    """(N, D) -> (N, 3) in [0, 1]: the first three principal components as red, green and blue (the pictures of arXiv 2304.07193)."""
+    """(N, D) -> (N, 3) in [0, 1]: the first three principal components as red, green and blue (as in arXiv 2304.07193)."""
     tokens = tokens - tokens.mean(dim=0)
     _, _, axes = torch.linalg.svd(tokens, full_matrices=False)                                       # (min(N, D), D)
-    axes = axes[:3] * axes[:3].gather(1, axes[:3].abs().argmax(1, keepdim=True)).sign()              # a component's sign is arbitrary
+    signs = axes.gather(1, axes.abs().argmax(dim=1, keepdim=True)).sign()                            # a component's is arbitrary
+    axes = (axes * signs)[:3]                                                                        # (3, D)
     colours = tokens @ axes.T                                                                        # (N, 3)
     low, high = colours.amin(dim=0), colours.amax(dim=0)
     return (colours - low) / (high - low).clamp_min(1e-12)

@@ -290,7 +290,8 @@ def test_one_lost_layer_scale_is_refused(tmp_path):
 
 @pytest.mark.parametrize("field, value, sentence", [
     ("hidden_size", 24, "width = 24.* show 12"), ("num_hidden_layers", 3, "depth = 3.* show 2"), ("image_size", 20, "image_size = 20"),
-    ("hidden_act", "relu", "activation relu"), ("num_attention_heads", 5, "heads")])
+    ("hidden_act", "relu", "activation relu"), ("num_attention_heads", 5, "heads"), ("num_attention_heads", "3", "heads"),
+    ("num_attention_heads", 0, "heads"), ("hidden_act", ["gelu"], "config beside it"), ("patch_size", None, "config beside it")])
 def test_a_config_that_contradicts_the_tensors(clip_folder, field, value, sentence):
     folder = clip_folder(clip_tensors())
     config = json.loads((folder / "config.json").read_text())
@@ -300,9 +301,26 @@ def test_a_config_that_contradicts_the_tensors(clip_folder, field, value, senten
         E.load_encoder(folder)
 
 
+@pytest.mark.parametrize("text", ["", "{", "[]", "3", '{"vision_config": 3}', '{"vision_config": {}, "image_mean": [1, 2]}', "\\xff"])
+def test_a_config_that_is_damaged(clip_folder, text):
+    folder = clip_folder(clip_tensors())
+    (folder / "config.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(ValueError, match="config beside it|heads"):
+        E.load_encoder(folder)
+
+
+def test_a_shape_that_claims_a_giant_costs_no_memory(clip_folder):
+    """A patch embedding that says it is 500,000 wide would make an attention matrix of 3 TB."""
+    name = "vision_model.embeddings.patch_embedding.weight"
+    folder = clip_folder({**clip_tensors(), name: torch.zeros(500_000, 3, 1, 1, dtype=torch.uint8).half()})
+    (folder / "config.json").unlink()
+    with pytest.raises(ValueError, match="heads|instead of"):
+        E.load_encoder(folder)
+
+
 def test_heads_that_nothing_tells_are_not_guessed(tmp_path):
     torch.save(tiny_torchvision().state_dict(), tmp_path / "vit.pth")
-    with pytest.raises(ValueError, match="number of heads cannot be told from width 12; state num_attention_heads"):
+    with pytest.raises(ValueError, match="number of heads cannot be told from width 12: state num_attention_heads"):
         E.load_encoder(tmp_path / "vit.pth")
 
 
@@ -494,21 +512,20 @@ def test_unreachable_hub_is_a_sentence(hub, monkeypatch):
 
 # ---- the command
 
-def command(*args):
-    done = subprocess.run([sys.executable, ROOT / "encoder.py", *map(str, args)], capture_output=True, text=True)
-    return done.returncode, done.stdout, done.stderr.strip().splitlines()
-
-
-def test_command_prints_what_it_is_and_what_it_sees(tmp_path):
-    Image.new("RGB", (40, 30), (200, 30, 30)).save(tmp_path / "red.png")
+def test_command_prints_what_it_is_and_what_it_sees(tmp_path, monkeypatch, capsys):
     image = torch.rand(3, 30, 40)
     image[:, :, 20:] *= 0.2
     torchvision.utils.save_image(image, tmp_path / "halves.png")
-    code, out, err = command(FIXTURES / "timm_registers_gap", tmp_path / "red.png", tmp_path / "halves.png")
-    assert code == 0, err
-    for word in ("ViT, timm", "width 12", "depth 2", "heads 3", "patch 5", "image 15", "registers 4"):
-        assert word in out
-    assert Image.open(tmp_path / "halves_pca.png").size == (2 * 20, 15)  # the shorter side is the encoder's image size
+    monkeypatch.setattr(sys, "argv", ["encoder.py", str(FIXTURES / "timm_registers_gap"), str(tmp_path / "halves.png")])
+    E.main()
+    out = capsys.readouterr().out
+    for words in ("ViT, timm", "width 12", "depth 2", "heads 3", "patch 5", "image 15", "registers 4"):
+        assert words in out
+    with Image.open(tmp_path / "halves_pca.png") as picture:  # the image beside its patch tokens; the shorter side is the native one
+        assert picture.size == (2 * 20, 15)
+        left, right = torchvision.transforms.functional.to_tensor(picture).split(20, dim=2)
+    patches = right.unfold(1, 5, 5).unfold(2, 5, 5)
+    assert left.std() > 0.1 and (patches == patches[..., :1, :1]).all() and right.std() > 0.1
 
 
 def test_pca_colours_separate_two_kinds_of_patches():
@@ -521,8 +538,8 @@ def test_pca_colours_separate_two_kinds_of_patches():
     torch.testing.assert_close(E.pca_colours(tokens.flip(0)).flip(0), colours, atol=1e-3, rtol=0)  # the sign does not depend on the order
 
 
-@pytest.mark.parametrize("args, sentence", [
-    (["clip-b-32"], "did you mean"), ([FIXTURES / "hf_clip", ROOT / "encoder.py"], "no image"), ([FIXTURES / "hf_clip", "gone.jpg"], "gone.jpg")])
-def test_command_answers_a_mistake_with_one_line(args, sentence):
-    code, out, err = command(*args)
-    assert code == 2 and len(err) == 1 and sentence in err[0], err
+def test_command_answers_a_mistake_with_one_line():
+    for args, sentence in ((["clip-b-32"], "did you mean"), ([FIXTURES / "hf_clip", FIXTURES / "hf_clip" / "config.json"], "no image")):
+        done = subprocess.run([sys.executable, ROOT / "encoder.py", *map(str, args)], capture_output=True, text=True)
+        lines = done.stderr.strip().splitlines()
+        assert done.returncode == 2 and len(lines) == 1 and sentence in lines[0], done.stderr
