@@ -182,6 +182,15 @@ def entropy(words):
     return -torch.xlogy(words, words.clamp(min=1e-9)).sum(-1).mean()
 
 
+def words_loss(words, canonical):
+    """-log p(word k of the canonical description | image), mean over the K places: visual words learn to stand like a caption's.
+
+    words (B, K, V), canonical (B, T). Not in the paper, whose models have a language model that reads loose features; with it a small
+    model's visual words become language, so that what RecA teaches after them holds after a prompt too.
+    """
+    return F.nll_loss(words.clamp(min=1e-9).log().flatten(0, 1), canonical[:, 1:].flatten())
+
+
 def tokenizer_loss(model, images):
     """|decoded - image|^2: the tokenizer of `ar` and `mask` by itself, trained before all else. images (B, 3, H, W)."""
     return F.mse_loss(model.tokenizer(images)[0], images)
@@ -210,16 +219,16 @@ def total_loss(model, encoder, batch, weights, progress=0.0, tower=None, caption
     """The weighted sum of the terms with a positive weight, and each term by itself.
 
     batch     {"main", "understand", "replay"}: dictionaries as the data sets make them; a term reads only its own
-    weights   {term: weight}, terms: t2i recon replay i2t t2t entropy caption contrast tokenizer
+    weights   {term: weight}, terms: t2i recon replay i2t words entropy t2t caption contrast tokenizer
     progress  0 -> 1 over the stage (a tensor, under compile): the weight of `entropy` rises with it
     captions  what t2i reads: "caption" (sparse) or "full" (dense)
     Returns (scalar, {term: detached scalar}). RecA itself is {"recon": 1}: it reads batch["main"]["image"] alone.
     """
-    known = ("t2i", "recon", "replay", "i2t", "t2t", "entropy", "caption", "contrast", "tokenizer")
+    known = ("t2i", "recon", "replay", "i2t", "words", "entropy", "t2t", "caption", "contrast", "tokenizer")
     assert not weights.keys() - set(known), f"unknown terms {sorted(weights.keys() - set(known))}; known: {known}"
     on = {term for term, weight in weights.items() if weight > 0}
     assert on, f"no term has a positive weight: {weights}"
-    assert "entropy" not in on or "i2t" in on, "entropy is of the visual words that i2t reads: give i2t a weight too"
+    assert not on & {"words", "entropy"} or "i2t" in on, "words and entropy are of the visual words that i2t reads: give i2t a weight too"
     main, understand, replay = (batch.get(name) for name in ("main", "understand", "replay"))
     parts = {}
     if "t2i" in on:
@@ -232,6 +241,8 @@ def total_loss(model, encoder, batch, weights, progress=0.0, tower=None, caption
         parts["i2t"], words = i2t_loss(model, encoder, understand["image"], understand["full"])
         if "entropy" in on:
             parts["entropy"] = entropy(words)
+        if "words" in on:
+            parts["words"] = words_loss(words, understand["canonical"])
     if "t2t" in on:
         parts["t2t"] = t2t_loss(model, understand["full"], understand["wording"])
     if on & {"caption", "contrast"}:

@@ -68,8 +68,9 @@ class Config:
     heads: int = option(4, "attention heads")
     text_len: int = option(18, "<bos> and this many words less one; also the number of visual words")
 
-    batch_size: int = option(64, "images a step")
-    side_batch: int = option(16, "images a step of each further term: t2t, i2t, replay")
+    batch_size: int = option(16, "images a step")
+    draws: int = option(4, "how often each image of a step is noised or masked: draws share their prefix")
+    side_batch: int = option(8, "images a step of each further term: t2t, i2t, replay")
     encoder_steps: int = option(1000, "steps of the encoder stage")
     pretrain_steps: int = option(2400, "steps of the pretrain stage")
     align_steps: int = option(600, "steps of the align stage")
@@ -87,7 +88,8 @@ class Config:
     t2t: float = option(0.3, "weight of words -> words in pretrain, sft and reca")
     i2t: float = option(0.25, "weight of image -> words in sft and reca; the paper keeps it where weights are shared")
     replay: float = option(0.25, "weight of the pre-training pairs in sft and reca; the paper's is 0")
-    entropy: float = option(0.3, "final weight of the visual words' entropy in align: makes them words, not mixtures")
+    words: float = option(1.0, "weight in align of saying the canonical description, one visual word a word")
+    entropy: float = option(0.0, "final weight of the visual words' entropy in align: makes them words, not mixtures")
     train_connector: bool = option(False, "let the connector learn in reca, as OpenUni's does")
 
     device: str = option("auto", "auto, cpu, cuda, cuda:1, ...")
@@ -220,7 +222,7 @@ def weights_of(stage: str, cfg: Config) -> dict[str, float]:
         scratch = float(cfg.encoder == "scratch")
         return {"caption": scratch, "contrast": scratch, "tokenizer": float(cfg.paradigm in ("ar", "mask"))}
     if stage == "align":
-        return {"i2t": 1.0, "entropy": cfg.entropy}
+        return {"i2t": 1.0, "words": cfg.words, "entropy": cfg.entropy}
     first = "recon" if stage == "reca" else "t2i"
     if stage == "pretrain":
         return {first: 1.0, "t2t": cfg.t2t}
@@ -242,7 +244,7 @@ class Run:
         width = encoder.cfg.width
         model = UnifiedModel(ModelConfig(
             paradigm=cfg.paradigm, vocab_size=len(self.vocabulary), text_len=cfg.text_len, image_size=cfg.image_size, patch_size=cfg.patch_size,
-            width=cfg.width, depth=cfg.depth, heads=cfg.heads, encoder_width=width, noise_scale=cfg.patch_size / 8))
+            width=cfg.width, depth=cfg.depth, heads=cfg.heads, encoder_width=width, draws=cfg.draws, noise_scale=cfg.patch_size / 8))
         tower = CaptionTower(len(self.vocabulary), cfg.text_len, 128, width)
         self.parts = nn.ModuleDict({"encoder": encoder, "tower": tower, "model": model}).to(policy.device)
         self.encoder, self.tower, self.model = encoder, tower, model
