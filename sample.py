@@ -289,11 +289,10 @@ class Loaded:
     step: int
 
 
-def load_checkpoint(path, device="cpu") -> Loaded:
-    """Reads what train.py saves; the averaged weights where the file has them. Raises ValueError in one sentence.
+def read_checkpoint(path) -> dict:
+    """The dictionary that train.py saved: plain types and tensors, so that no code is run when it is read. Raises ValueError in one sentence.
 
-    The file is a dictionary of plain types and tensors (no code is run when it is read): format, stage, step, model_config, model, ema,
-    vocabulary, encoder {name, config, state}, config.
+    format, stage, step, model_config, model, ema, vocabulary, encoder {name, config, state}, config.
     """
     if not os.path.isfile(path):
         raise ValueError(f"there is no checkpoint {path}; train one with `python train.py`")
@@ -304,6 +303,12 @@ def load_checkpoint(path, device="cpu") -> Loaded:
     if not isinstance(saved, dict) or saved.get("format") != FORMAT:
         found = saved.get("format") if isinstance(saved, dict) else None
         raise ValueError(f"the checkpoint {path} has format {found}, this code reads format {FORMAT}: train it again")
+    return saved
+
+
+def load_checkpoint(path, device="cpu") -> Loaded:
+    """A checkpoint, ready to sample: the averaged weights where the file has them. Raises ValueError in one sentence."""
+    saved = read_checkpoint(path)
     try:
         model = UnifiedModel(ModelConfig(**saved["model_config"]))
         model.load_state_dict(saved["model"] if saved["ema"] is None else saved["ema"])

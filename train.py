@@ -37,7 +37,7 @@ from data import BOS, batches, make_dataset
 from encoder import ViT, load_encoder, scratch_config
 from model import CaptionTower, ModelConfig, UnifiedModel
 from recon_loss import total_loss
-from sample import load_checkpoint
+from sample import load_checkpoint, read_checkpoint
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Configuration: one dataclass, and the command line made from it
@@ -248,6 +248,8 @@ class Run:
         tower = CaptionTower(len(self.vocabulary), cfg.text_len, 128, width)
         self.parts = nn.ModuleDict({"encoder": encoder, "tower": tower, "model": model}).to(policy.device)
         self.encoder, self.tower, self.model = encoder, tower, model
+        self.seconds: dict[str, float] = {}  # by stage
+        self.workers = cfg.workers if cfg.workers >= 0 else 0 if cfg.dataset == "shapes" else os.cpu_count()
 
     def dataset(self, split: str):
         cfg = self.cfg
@@ -267,8 +269,9 @@ class Run:
                 "vocabulary": self.vocabulary.words, "config": asdict(self.cfg),
                 "encoder": {"name": self.cfg.encoder, "config": asdict(self.encoder.cfg) if scratch else None, "state": self.encoder.state_dict() if scratch else None}}
 
-    def load(self, saved: dict, path) -> None:
+    def load(self, path) -> None:
         """Takes over the weights of a checkpoint of the same sizes and words; anything else is a user's mistake."""
+        saved = read_checkpoint(path)
         mine, theirs = asdict(self.model.cfg), saved["model_config"]
         differ = [f"{k} is {theirs.get(k)} there and {mine[k]} here" for k in mine if theirs.get(k) != mine[k]]
         if saved["vocabulary"] != self.vocabulary.words:
@@ -337,6 +340,10 @@ def learning_rate(step: int, steps: int, peak: float, cfg: Config) -> float:
     return peak * min((step + 1) / max(cfg.warmup, 1), 1.0, down)
 
 
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+
+
 def to_device(batch, device):
     return {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
 
@@ -366,15 +373,15 @@ class Interrupt:
         self.asked = True
 
 
-def train_stage(run: Run, stage: str, interrupt: Interrupt, saved: dict | None = None) -> None:
-    """Trains one stage, from `saved` (a state of the same stage, see Run.save_state) if given."""
+def train_stage(run: Run, stage: str, interrupt: Interrupt, saved: dict | None = None) -> int:
+    """Trains one stage, from `saved` (a state of the same stage, see Run.save_state) if given; returns its steps."""
     cfg, policy = run.cfg, run.policy
     name = "reca" if stage == "sft" else stage  # the control shares RecA's steps, rate, images, order and noise
     steps, peak = getattr(cfg, f"{name}_steps"), getattr(cfg, f"{name}_lr")
     weights = {term: w for term, w in weights_of(stage, cfg).items() if w > 0}
     chosen = run.parameters_of(stage)
     if not chosen or not weights or not steps:
-        return
+        return 0
     optimizers, scaler, start = make_optimizers(chosen, cfg), policy.scaler(), 0
     seed = cfg.seed * 1000 + STAGES.index(name) * 10
     torch.manual_seed(seed)
@@ -414,6 +421,7 @@ def train_stage(run: Run, stage: str, interrupt: Interrupt, saved: dict | None =
             print(f"\nstopped in {stage} after step {done}; go on with: --resume --out_dir {run.out}")
             raise SystemExit(130)
     run.parts.eval()
+    return steps
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -471,14 +479,15 @@ def train(cfg: Config) -> None:
     print(f"{cfg.dataset}, {cfg.paradigm}: {parameters:.2f} M parameters, encoder {cfg.encoder}, on {device_name(policy.device)} in {policy.dtype}"
           f"{', compiled' if policy.compile else ''}, {run.workers} loader processes")
     for stage in stages:
-        if stage in ("sft", "reca") and cfg.stage == "all" and not (saved and saved["step"]):
-            run.load(run.out / "pretrain.pt")  # both start from the aligned base
+        middle = saved if saved and saved["stage"] == stage and saved["step"] else None
+        if not middle:
+            if stage in ("sft", "reca") and cfg.stage == "all":
+                run.load(run.out / "pretrain.pt")  # both start from the aligned base
+            run.save_state(stage, 0)
         began = time.time()
-        train_stage(run, stage, interrupt, saved if saved and saved["step"] else None)
+        steps = train_stage(run, stage, interrupt, middle)
         run.seconds[stage] = run.seconds.get(stage, 0) + time.time() - began
-        name = "pretrain" if stage == "align" else stage
-        save(run.checkpoint(stage, getattr(cfg, f"{'reca' if stage == 'sft' else stage}_steps")), run.out / f"{name}.pt")
-        saved = None
+        save(run.checkpoint(stage, steps), run.out / f"{'pretrain' if stage == 'align' else stage}.pt")
     report(run, [name for name in ("pretrain", "sft", "reca") if cfg.stage == "all" or name == ("pretrain" if cfg.stage == "align" else cfg.stage)])
 
 
