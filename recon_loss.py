@@ -185,7 +185,8 @@ def entropy(words):
 def words_loss(words, canonical):
     """-log p(word k of the canonical description | image), mean over the K places: visual words learn to stand like a caption's.
 
-    words (B, K, V), canonical (B, T). Not in the paper, whose models have a language model that reads loose features; with it a small
+    Parallel prediction, as CapPa has it for an encoder (arXiv 2306.07915, section 3).
+     words (B, K, V), canonical (B, T). Not in the paper, whose models have a language model that reads loose features; with it a small
     model's visual words become language, so that what RecA teaches after them holds after a prompt too.
     """
     return F.nll_loss(words.clamp(min=1e-9).log().flatten(0, 1), canonical[:, 1:].flatten())
@@ -228,7 +229,7 @@ def total_loss(model, encoder, batch, weights, progress=0.0, tower=None, caption
     assert not weights.keys() - set(known), f"unknown terms {sorted(weights.keys() - set(known))}; known: {known}"
     on = {term for term, weight in weights.items() if weight > 0}
     assert on, f"no term has a positive weight: {weights}"
-    assert not on & {"words", "entropy"} or "i2t" in on, "words and entropy are of the visual words that i2t reads: give i2t a weight too"
+    assert not on & {"words", "entropy"} or on & {"i2t", "caption"}, "words and entropy are of visual words that i2t or caption reads: give it a weight too"
     main, understand, replay = (batch.get(name) for name in ("main", "understand", "replay"))
     parts = {}
     if "t2i" in on:
@@ -239,19 +240,20 @@ def total_loss(model, encoder, batch, weights, progress=0.0, tower=None, caption
         parts["replay"] = t2i_loss(model, replay["caption"], replay["image"])
     if "i2t" in on:
         parts["i2t"], words = i2t_loss(model, encoder, understand["image"], understand["full"])
-        if "entropy" in on:
-            parts["entropy"] = entropy(words)
-        if "words" in on:
-            parts["words"] = words_loss(words, understand["canonical"])
     if "t2t" in on:
         parts["t2t"] = t2t_loss(model, understand["full"], understand["wording"])
     if on & {"caption", "contrast"}:
         features = encoder(understand["image"])
         text, logits = tower(understand["full"], features.patch_tokens)          # (B, P), (B, T, V)
+        words = model.visual_words(features.patch_tokens)                        # (B, K, V)
         if "caption" in on:
             parts["caption"] = caption_loss(logits, understand["full"])
         if "contrast" in on:
             parts["contrast"] = contrast_loss(features.pooled, text, tower.log_scale, tower.bias)
+    if "words" in on:
+        parts["words"] = words_loss(words, understand["canonical"])
+    if "entropy" in on:
+        parts["entropy"] = entropy(words)
     if "tokenizer" in on:
         parts["tokenizer"] = tokenizer_loss(model, main["image"])
     loss = sum(weights[term] * (progress if term == "entropy" else 1) * part for term, part in parts.items())

@@ -207,7 +207,7 @@ BATCHES["reca"] = BATCHES["sft"]
 
 # What learns, by the parts of `part_of`; the rest is frozen.
 STAGES = ["encoder", "pretrain", "align", "sft", "reca"]
-TRAINS = {"encoder": {"encoder", "tower", "tokenizer"}, "pretrain": {"transformer"}, "align": {"connector"}, "sft": {"transformer"}, "reca": {"transformer"}}
+TRAINS = {"encoder": {"encoder", "tower", "connector", "tokenizer"}, "pretrain": {"transformer"}, "align": {"connector"}, "sft": {"transformer"}, "reca": {"transformer"}}
 
 
 def part_of(name: str) -> str:
@@ -220,7 +220,7 @@ def weights_of(stage: str, cfg: Config) -> dict[str, float]:
     """Loss terms of a stage and their weights. RecA and its control differ in the first term alone."""
     if stage == "encoder":
         scratch = float(cfg.encoder == "scratch")
-        return {"caption": scratch, "contrast": scratch, "tokenizer": float(cfg.paradigm in ("ar", "mask"))}
+        return {"caption": scratch, "contrast": 0.25 * scratch, "words": scratch, "tokenizer": float(cfg.paradigm in ("ar", "mask"))}
     if stage == "align":
         return {"i2t": 1.0, "words": cfg.words, "entropy": cfg.entropy}
     first = "recon" if stage == "reca" else "t2i"
@@ -258,7 +258,7 @@ class Run:
     def parameters_of(self, stage: str) -> dict[str, nn.Parameter]:
         """Freezes all but what the stage trains, and returns that by name."""
         learns = TRAINS[stage] | ({"connector"} if stage == "reca" and self.cfg.train_connector else set())
-        learns -= {"encoder", "tower"} if self.cfg.encoder != "scratch" else set()
+        learns -= {"encoder", "tower", "connector"} if stage == "encoder" and self.cfg.encoder != "scratch" else set()
         chosen = {name: p.requires_grad_(part_of(name) in learns) for name, p in self.parts.named_parameters()}
         return {name: p for name, p in chosen.items() if p.requires_grad}
 

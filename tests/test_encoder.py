@@ -366,6 +366,7 @@ ENTRY = '{"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}'
     ENTRY.join(('{"a": ', ', "b": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}}')),            # overlap
     '{"a": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}}',                                       # a hole before
     '{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}',                                       # a hole after
+    '{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 8]}}',                                       # fewer numbers than bytes
     '{"a": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}}',                                      # beyond the file
     '{"a": {"dtype": "F32", "shape": [2], "data_offsets": [8, 0]}}', '{"a": {"dtype": "F32", "shape": [2], "data_offsets": [-8, 0]}}',
     '{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8, 8]}}', '{"a": {"dtype": "F32", "shape": [2.0], "data_offsets": [0, 8]}}',
