@@ -29,7 +29,7 @@ import torch
 from einops import rearrange
 
 from data import COLORS, GRID, NUMBERS, SHAPES, USUAL_COLOR, Scene, Shapes, Thing, describe, holds, is_full, parse, random_scene, render, sprites, to_grid
-from sample import caption, edit, image_grid, load_checkpoint, reconstruct, text_to_image
+from sample import caption, edit, image_grid, load_checkpoint, reconstruct, sample_image, text_to_image
 
 ERROR_LIMIT = 0.02  # mean squared error above which a cell holds nothing that we know; another shape or color is at 0.02 to 0.3
 CATEGORIES = ["single", "two", "counting", "color", "position", "attribute"]
@@ -137,15 +137,59 @@ def unusual(loaded, atlas, n: int, seed: int):
     return score(named), score([holds(parse(words), row) for words, row in zip(asked, cells)])
 
 
+@torch.no_grad()
+def photographs(loaded, dataset, n: int = 240, seed: int = 0) -> dict:
+    """Held-out photographs, drawn again from their visual words, and drawn from their captions.
+
+    psnr        in dB, of the reconstruction
+    cosine      between the encoder's pooled features of photograph and reconstruction, mean; semantic likeness
+    t2i_cosine  the same for an image drawn from the caption
+    frechet     between the two sets of pooled features, reconstructions against photographs (FID's formula, this encoder's features)
+    mmd         squared kernel distance of the same sets (CMMD's Gaussian kernel, arXiv 2401.09603), times 1000
+    """
+    model, encoder = loaded.model, loaded.encoder
+    n = min(n, len(dataset))
+    batch = dataset.__getitems__([(0, i * len(dataset) // n) for i in range(n)])
+    images, words = batch["image"], batch["caption"].to(model.device)
+    noise = lambda: torch.Generator().manual_seed(seed)
+    again = reconstruct(model, encoder, images, generator=noise()).cpu()
+    drawn = sample_image(model, model.text_prefix(words), noise()).cpu()
+    real, fake, told = (torch.cat([pooled(encoder(part.to(model.device))) for part in x.split(64)]).cpu() for x in (images, again, drawn))
+    mse = (again - images).square().flatten(1).mean(1)
+    cosine = torch.nn.functional.cosine_similarity
+    return {"psnr": (-10 * mse.log10()).mean().item(), "cosine": cosine(real, fake).mean().item(), "t2i_cosine": cosine(real, told).mean().item(),
+            "frechet": frechet(real, fake), "mmd": 1000 * mmd(real, fake), "cases": {"photographs": n}}
+
+
+def pooled(features):
+    """The encoder's one vector an image; where it has none, the mean of its patch tokens. (B, P)."""
+    return (features.pooled if features.pooled is not None else features.patch_tokens.mean(1)).float()
+
+
+def frechet(a, b) -> float:
+    """|mean_a - mean_b|^2 + tr(A + B - 2 (A B)^(1/2)) of features (n, P) (arXiv 1706.08500, eq. 6); biased upwards for small n."""
+    A, B = (x.double().T.cov() for x in (a, b))
+    root = torch.linalg.eigvals(A @ B).real.clamp(min=0).sqrt().sum()
+    return ((a - b).double().mean(0).square().sum() + A.trace() + B.trace() - 2 * root).item()
+
+
+def mmd(a, b, sigma: float = 10.0) -> float:
+    """Squared maximum mean discrepancy of unit features times sqrt(P), Gaussian kernel; without the diagonal, so unbiased."""
+    a, b = (torch.nn.functional.normalize(x.double(), dim=1) * x.shape[1] ** 0.5 for x in (a, b))
+    kernel = lambda x, y: (-torch.cdist(x, y) ** 2 / (2 * sigma ** 2)).exp()
+    within = lambda x: (kernel(x, x).sum() - len(x)) / (len(x) * (len(x) - 1))
+    return (within(a) + within(b) - 2 * kernel(a, b).mean()).item()
+
+
 TITLES = {"pretrain": "base", "sft": "SFT", "reca": "RecA"}
-COLUMNS = [*CATEGORIES, "overall", "dense", "edit", "reconstruction", "understanding"]
+COLUMNS = [*CATEGORIES, "overall", "dense", "edit", "reconstruction", "understanding", "psnr", "cosine", "t2i_cosine", "frechet", "mmd"]
 
 
 def table(results: dict) -> str:
     """results.json as aligned text, a checkpoint a line."""
-    head = f"{'':10}" + "".join(f"{c[:13]:>14}" for c in COLUMNS)
-    return "\n".join([head] + [f"{TITLES.get(name, name):10}" + "".join(f"{row[c]:14.3f}" if c in row else f"{'-':>14}" for c in COLUMNS)
-                               for name, row in results.items()])
+    columns = [c for c in COLUMNS if any(c in row for row in results.values())]
+    head = f"{'':8}" + "".join(f"{c:>{max(len(c), 6) + 2}}" for c in columns)
+    return "\n".join([head] + [f"{TITLES.get(name, name):8}" + "".join(f"{row[c]:{max(len(c), 6) + 2}.3f}" for c in columns) for name, row in results.items()])
 
 
 def compare(checkpoints: list, names: list[str], path, seed: int = 0) -> None:
@@ -157,6 +201,14 @@ def compare(checkpoints: list, names: list[str], path, seed: int = 0) -> None:
         for row, four in zip(rows, images.split(4)):
             row.append(four)
     image_grid(rows, asked, [TITLES.get(name, name) for name in names], scale=2).save(path)
+
+
+def compare_photographs(checkpoints: list, names: list[str], dataset, path, seed: int = 0, n: int = 16) -> None:
+    """Held-out photographs beside what each checkpoint draws from their visual words, same noise; the caption is not read, only shown."""
+    batch = dataset.__getitems__([(0, i * len(dataset) // n) for i in range(n)])
+    groups = [batch["image"]] + [reconstruct(c.model, c.encoder, batch["image"], generator=torch.Generator().manual_seed(seed)).cpu() for c in checkpoints]
+    captions = [checkpoints[0].vocabulary.decode(ids) for ids in batch["caption"].tolist()]
+    image_grid([[group[i: i + 1] for group in groups] for i in range(n)], captions, ["photograph", *(TITLES.get(name, name) for name in names)], scale=2).save(path)
 
 
 def main(argv=None) -> None:

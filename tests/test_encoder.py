@@ -310,11 +310,11 @@ def test_a_config_that_is_damaged(clip_folder, text):
 
 
 def test_a_shape_that_claims_a_giant_costs_no_memory(clip_folder):
-    """A patch embedding that says it is 500,000 wide would make an attention matrix of 3 TB."""
+    """A patch embedding that says it is 524,288 wide would make an attention matrix of 3 TB."""
     name = "vision_model.embeddings.patch_embedding.weight"
-    folder = clip_folder({**clip_tensors(), name: torch.zeros(500_000, 3, 1, 1, dtype=torch.uint8).half()})
+    folder = clip_folder({**clip_tensors(), name: torch.zeros(2**19, 3, 1, 1).half()})
     (folder / "config.json").unlink()
-    with pytest.raises(ValueError, match="heads|instead of"):
+    with pytest.raises(ValueError, match="instead of"):
         E.load_encoder(folder)
 
 
