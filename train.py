@@ -253,7 +253,7 @@ class Run:
 
     def dataset(self, split: str):
         cfg = self.cfg
-        return make_dataset(cfg.dataset, split, cfg.data_dir, cfg.image_size, cfg.seed, text_len=cfg.text_len)
+        return make_dataset(cfg.dataset, split, cfg.data_dir, cfg.image_size, cfg.seed, text_len=cfg.text_len, vocabulary=getattr(self, "vocabulary", None))
 
     def parameters_of(self, stage: str) -> dict[str, nn.Parameter]:
         """Freezes all but what the stage trains, and returns that by name."""
@@ -441,16 +441,19 @@ def find_state(out: Path) -> dict:
 
 
 def report(run: Run, names: list[str]) -> None:
-    """Scores the checkpoints on the same prompts and noise: a table, results.json and compare.png."""
-    results = {}
-    for name in names:
-        loaded = load_checkpoint(run.out / f"{name}.pt", run.policy.device)
-        results[name] = evaluate.evaluate(loaded, run.cfg.eval_n, run.cfg.seed) | {
-            "steps": loaded.step, "seconds": run.seconds, "device": device_name(run.policy.device), "seed": run.cfg.seed, "settings": asdict(run.cfg)}
+    """Scores the checkpoints on the same prompts, images and noise: a table, results.json and compare.png."""
+    cfg, results, checkpoints = run.cfg, {}, [load_checkpoint(run.out / f"{name}.pt", run.policy.device) for name in names]
+    photos = None if cfg.dataset == "shapes" else run.dataset("test")
+    for name, loaded in zip(names, checkpoints):
+        scores = evaluate.photographs(loaded, photos, cfg.eval_n, cfg.seed) if photos else evaluate.evaluate(loaded, cfg.eval_n, cfg.seed)
+        results[name] = scores | {"steps": loaded.step, "seconds": run.seconds, "device": device_name(run.policy.device), "seed": cfg.seed, "settings": asdict(cfg)}
     (run.out / "results.json").write_text(json.dumps(results, indent=1))
     print(evaluate.table(results))
-    evaluate.compare([load_checkpoint(run.out / f"{name}.pt", run.policy.device) for name in names], names, run.out / "compare.png", run.cfg.seed)
-    print(f"{run.out}/results.json, {run.out}/compare.png and {run.out}/log.jsonl are written; {sum(run.seconds.values()) / 60:.1f} minutes")
+    if photos:
+        evaluate.compare_photographs(checkpoints, names, photos, run.out / "compare.png", cfg.seed)
+    else:
+        evaluate.compare(checkpoints, names, run.out / "compare.png", cfg.seed)
+    print(f"{run.out}/results.json, {run.out}/compare.png and {run.out}/log.jsonl are written; training took {sum(run.seconds.values()) / 60:.1f} minutes")
 
 
 def main(argv=None) -> None:
@@ -488,7 +491,9 @@ def train(cfg: Config) -> None:
         steps = train_stage(run, stage, interrupt, middle)
         run.seconds[stage] = run.seconds.get(stage, 0) + time.time() - began
         save(run.checkpoint(stage, steps), run.out / f"{'pretrain' if stage == 'align' else stage}.pt")
-    report(run, [name for name in ("pretrain", "sft", "reca") if cfg.stage == "all" or name == ("pretrain" if cfg.stage == "align" else cfg.stage)])
+    scored = {"all": ["pretrain", "sft", "reca"], "encoder": [], "align": ["pretrain"]}.get(cfg.stage, [cfg.stage])
+    if scored:
+        report(run, scored)
 
 
 if __name__ == "__main__":
