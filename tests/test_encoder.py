@@ -50,6 +50,14 @@ def test_fixture_of_the_real_library(case):
     same_as_library(FIXTURES / case.__name__)
 
 
+@pytest.mark.parametrize("case", [case for case in CASES if case is not fixtures.open_clip_quickgelu], ids=lambda case: case.__name__)
+def test_conventions_are_known_without_a_config(case, tmp_path):
+    """All but the number of heads: the activation, eps, mean, std, pooling and resizing are the publisher's default."""
+    shutil.copytree(FIXTURES / case.__name__, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "config.json").write_text('{"num_attention_heads": 3}')
+    same_as_library(tmp_path)
+
+
 @pytest.mark.parametrize("library, case", [(library, case) for library, cases in fixtures.CASES.items() for case in cases],
                          ids=lambda value: getattr(value, "__name__", value))
 def test_live_library(library, case, tmp_path):
