@@ -3,7 +3,7 @@
     python3 -m venv .oracles && .oracles/bin/pip install torch transformers timm open_clip_torch dinov2
     .oracles/bin/python tests/make_encoder_fixtures.py
 
-Each case is a folder that its library wrote (random weights, all sizes different) and expected.pt: uint8 images, and patch
+Each case is a folder that its library wrote (random weights, all sizes different) and expected.bin: uint8 images, and patch
 tokens and pooled embedding for them at the native size and at another one. test_encoder.py runs the same cases live where a
 library is installed. DINOv2's own code comes from the `dinov2` package; it needs no xformers.
 """
@@ -153,7 +153,7 @@ def write_case(case, folder: Path) -> None:
         with torch.no_grad():
             tokens, pooled = forward(normalised)
         expected[name] = dict(images=images, patch_tokens=tokens.contiguous().clone(), pooled=pooled.contiguous().clone())
-    torch.save(expected, folder / "expected.pt")
+    torch.save(expected, folder / "expected.bin")
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ def relative(a, b):
 
 def same_as_library(folder: Path):
     encoder = E.load_encoder(folder)
-    for name, expected in torch.load(folder / "expected.pt", weights_only=True).items():
+    for name, expected in torch.load(folder / "expected.bin", weights_only=True).items():
         features = encoder(expected["images"] / 255)
         assert relative(features.patch_tokens, expected["patch_tokens"]) < 1e-5, name
         assert relative(features.pooled, expected["pooled"]) < 1e-5, name
