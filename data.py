@@ -680,11 +680,14 @@ class Keys:
     """Batches of (epoch, index) without end: one seeded permutation an epoch, the same for any number of workers.
 
     `start` is the number of batches already used: a resumed run goes on with the very next one.
+    Of several processes each gets its share of every batch: `rank` of `world`.
     """
 
-    def __init__(self, size: int, batch_size: int, seed: int, start: int = 0):
+    def __init__(self, size: int, batch_size: int, seed: int, start: int = 0, rank: int = 0, world: int = 1):
         assert size >= 1, "the data set is empty"
+        assert batch_size % world == 0, f"{batch_size=} cannot be shared by {world=} processes"
         self.size, self.batch_size, self.seed, self.start = size, batch_size, seed, start
+        self.share = slice(rank * batch_size // world, (rank + 1) * batch_size // world)
 
     def __iter__(self):
         epoch, order = -1, None
@@ -697,12 +700,12 @@ class Keys:
                     order = torch.randperm(self.size, generator=torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)).tolist()
                 batch.append((epoch, order[position % self.size]))
             position += 1
-            yield batch
+            yield batch[self.share]
 
 
-def batches(dataset: Dataset, batch_size: int, seed: int, start: int = 0, workers: int = 0, bad_file: str = ""):
+def batches(dataset: Dataset, batch_size: int, seed: int, start: int = 0, workers: int = 0, bad_file: str = "", rank: int = 0, world: int = 1):
     """An endless iterator over batches, from batch number `start` on. Images that were skipped are named in `bad_file`, once each."""
-    loader = DataLoader(dataset, batch_sampler=Keys(len(dataset), batch_size, seed, start), num_workers=workers,
+    loader = DataLoader(dataset, batch_sampler=Keys(len(dataset), batch_size, seed, start, rank, world), num_workers=workers,
                         collate_fn=_as_is, pin_memory=torch.cuda.is_available(), persistent_workers=workers > 0,
                         prefetch_factor=4 if workers else None, worker_init_fn=_leave_ctrl_c,
                         generator=torch.Generator())  # its base seed must not move the global generator: a resumed run restores that

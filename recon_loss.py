@@ -20,6 +20,7 @@ velocity = image - noise points from noise to image.
 import math
 
 import torch
+import torch.distributed._functional_collectives as collectives
 import torch.nn.functional as F
 
 from data import BOS, EOS, PAD
@@ -31,6 +32,25 @@ MIN_ONE_MINUS_T = 0.1     # the velocity loss weighs by 1 / (1 - t)^2, which has
 MASK_RATIO = 1.0, 0.25, 0.7, 1.0  # mar: mean, std, least and largest share of masked patches, arXiv 2406.11838, appendix B
 MLP_REPEATS = 4           # mar: times and noises for each patch, arXiv 2406.11838, appendix B
 DROP = 0.1                # share of conditions dropped for classifier-free guidance, arXiv 2207.12598
+
+# ----------------------------------------------------------------------------------------------------------------------
+# One batch over several processes: each computes its rows, and the mean of their losses is the loss of the whole batch
+
+RANK, WORLD = 0, 1  # of this process; how many (train.py)
+
+
+def mine(rows):
+    """Of random rows drawn for the whole batch, by the same seed in each process, those of this process: how many there are changes nothing."""
+    return rows.chunk(WORLD)[RANK]
+
+
+def mean_where(mask, values):
+    """The mean of the values where mask is true, over the whole batch: processes have unequal numbers of words. Both of one shape."""
+    count = mask.sum()
+    if WORLD > 1:
+        count = collectives.all_reduce(count, "sum", list(range(WORLD))) / WORLD
+    return (values * mask).sum() / count
+
 
 # ----------------------------------------------------------------------------------------------------------------------
 # From a prefix and an image to a scalar
@@ -48,10 +68,11 @@ def velocity(x_pred, x_t, t):
 
 def noised(x, per_token, noise_scale):
     """Clean patches (B, N, P) -> x_t and its t, logit-normal (arXiv 2403.03206): one t an image (B, 1, 1), or a patch (B, N, 1)."""
-    u = torch.rand(len(x), x.shape[1] if per_token else 1, 1, device=x.device)
-    u = (u.argsort(0) + torch.rand_like(u)) / len(u)  # one in each of B equal strata: less noise in the gradient, arXiv 2107.00630, I.1
+    u = torch.rand(len(x) * WORLD, x.shape[1] if per_token else 1, 1, device=x.device)
+    u = mine((u.argsort(0) + torch.rand_like(u)) / len(u))  # one in each of B equal strata: less noise in the gradient, arXiv 2107.00630, I.1
     t = torch.sigmoid(LOGIT_NORMAL_MEAN + LOGIT_NORMAL_STD * torch.special.ndtri(u.clamp(1e-6, 1 - 1e-6)))
-    return interpolate(x, torch.randn_like(x) * noise_scale, t), t
+    noise = mine(torch.randn(len(x) * WORLD, *x.shape[1:], device=x.device, dtype=x.dtype))
+    return interpolate(x, noise * noise_scale, t), t
 
 
 def velocity_error(x_pred, x, t):
@@ -79,11 +100,11 @@ def mask_loss(model, prefix, images):
     """mask: -log p(code_i | prefix, codes not masked), mean over the masked, no shift; a share cos(pi u / 2) is masked,
     u ~ U(0, 1) (MaskGIT, arXiv 2202.04200, eq. 1 and section 3.3; Show-o, arXiv 2408.12528)."""
     codes = model.tokenizer.encode(images)                                       # (B, N)
-    ratio = torch.cos(math.pi / 2 * torch.rand(len(codes), 1, device=codes.device))
+    ratio = torch.cos(math.pi / 2 * mine(torch.rand(len(codes) * WORLD, 1, device=codes.device)))
     masked = random_mask(codes.shape[1], ratio)                                  # (B, N)
     logits = model.predict_image(prefix, codes.masked_fill(masked, model.cfg.codes))  # (B, N, C)
     loss = F.cross_entropy(logits.transpose(1, 2).float(), codes, reduction="none")   # (B, N)
-    return (loss * masked).sum() / masked.sum()
+    return mean_where(masked, loss)
 
 
 def mar_loss(model, prefix, images):
@@ -92,19 +113,19 @@ def mar_loss(model, prefix, images):
     The masked share is normal(1, 0.25) cut to [0.7, 1], as there. Each state serves MLP_REPEATS times: times and noise are cheap.
     """
     x = patchify(images, model.cfg.patch_size)                                   # (B, N, P)
-    ratio = torch.empty(len(x), 1, device=x.device)
-    ratio = torch.nn.init.trunc_normal_(ratio, *MASK_RATIO)                      # (B, 1)
+    ratio = torch.empty(len(x) * WORLD, 1, device=x.device)
+    ratio = mine(torch.nn.init.trunc_normal_(ratio, *MASK_RATIO))                # (B, 1)
     masked = random_mask(x.shape[1], ratio)                                      # (B, N)
     h = model.predict_image(prefix, x, masked)                                   # (B, N, D)
     x, h, masked = (y.repeat(MLP_REPEATS, *[1] * (y.ndim - 1)) for y in (x, h, masked))
     x_t, t = noised(x, True, model.cfg.noise_scale)
     x_pred = model.image.flow_mlp(x_t, t[..., 0], h)                             # (4 B, N, P)
-    return (velocity_error(x_pred, x, t).mean(-1) * masked).sum() / masked.sum()
+    return mean_where(masked, velocity_error(x_pred, x, t).mean(-1))
 
 
 def random_mask(N, ratio):
     """Shares (B, 1) in (0, 1] -> (B, N) bool: that many positions, rounded up, drawn at random."""
-    order = torch.rand(len(ratio), N, device=ratio.device).argsort(1)            # each row a permutation
+    order = mine(torch.rand(len(ratio) * WORLD, N, device=ratio.device)).argsort(1)  # each row a permutation
     return order < (ratio * N).ceil().clamp(min=1)
 
 
@@ -125,7 +146,7 @@ def null_caption(cfg, device):
 def drop_prefix(model, prefix, p):
     """Each prefix (T, D) of the batch becomes the empty condition with chance p."""
     null = model.text_prefix(null_caption(model.cfg, prefix.device))             # (1, T, D)
-    keep = torch.rand(len(prefix), 1, 1, device=prefix.device) >= p
+    keep = mine(torch.rand(len(prefix) * WORLD, 1, 1, device=prefix.device)) >= p
     return torch.where(keep, prefix, null.to(prefix.dtype))
 
 
@@ -167,7 +188,7 @@ def text_loss(model, prefix, target):
     """Next-word cross-entropy; <pad> is not predicted. prefix (B, T, D), target (B, T): <bos> words <eos> <pad>."""
     words = target[:, 1:]                                                        # (B, T - 1), without <bos>
     logits = model.text_logits(prefix, words[:, :-1])                            # (B, T - 1, V)
-    return F.cross_entropy(logits.flatten(0, 1).float(), words.flatten(), ignore_index=PAD)
+    return mean_where(words != PAD, F.cross_entropy(logits.transpose(1, 2).float(), words, reduction="none"))
 
 
 def see(model, encoder, images):
@@ -203,13 +224,16 @@ def tokenizer_loss(model, images):
 
 def caption_loss(logits, caption):
     """-log p(caption | patch tokens), CoCa's captioning loss (arXiv 2205.01917, eq. 2). logits (B, T, V), caption (B, T)."""
-    return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), caption[:, 1:].flatten(), ignore_index=PAD)
+    words = caption[:, 1:]
+    return mean_where(words != PAD, F.cross_entropy(logits[:, :-1].transpose(1, 2).float(), words, reduction="none"))
 
 
 def contrast_loss(image, text, log_scale, bias):
     """-1/B sum_ij log sigmoid(y_ij (s <image_i, text_j> + b)), y = 1 for pairs, else -1 (arXiv 2303.15343, eq. 1). Both (B, P)."""
+    if WORLD > 1:  # against the captions of all processes
+        text = collectives.all_gather_tensor_autograd(text.contiguous(), 0, list(range(WORLD)))
     logits = F.normalize(image, dim=-1) @ F.normalize(text, dim=-1).T * log_scale.exp() + bias  # (B, B)
-    y = 2 * torch.eye(len(image), device=image.device) - 1
+    y = 2 * mine(torch.eye(len(text), device=image.device)) - 1
     return -F.logsigmoid(y * logits).sum(1).mean()
 
 

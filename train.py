@@ -4,6 +4,9 @@
     python train.py --smoke                             # the whole path in about a minute, to see that it runs
     python train.py --dataset imagenet --data_dir DIR --encoder clip-b16
     python train.py --stage reca --init_from out/pretrain.pt --reca_steps 200 --out_dir out_short
+    python train.py --resume                            # go on where the run in out/ was stopped, to the bit
+    torchrun --nproc_per_node 4 train.py ...            # the same batch over four processes, the same losses; --shard: FSDP
+    python train.py --bench                             # how fast is the RecA step here?
 
 Stages, in the order of `--stage all`; every one of them is the same loop with other loss terms (see recon_loss.py):
 
@@ -18,23 +21,35 @@ Stages, in the order of `--stage all`; every one of them is the same loop with o
 import argparse
 import dataclasses
 import difflib
+import fcntl
 import json
 import math
 import os
+import resource
 import signal
 import sys
 import time
+import zipfile
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_map
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import evaluate
-from data import BOS, batches, make_dataset
-from encoder import ViT, load_encoder, scratch_config
+import recon_loss
+from data import SPECIALS, TEXT_LEN, Vocabulary, batches, make_dataset
+from encoder import ViT, ViTConfig, load_encoder, scratch_config
 from model import CaptionTower, ModelConfig, UnifiedModel
 from recon_loss import total_loss
 from sample import load_checkpoint, read_checkpoint
@@ -57,9 +72,10 @@ class Config:
     captions: str = option("sparse", "captions that the sft stage trains on", ["sparse", "dense"])
     out_dir: str = option("out", "where checkpoints, logs, tables and pictures go")
     init_from: str = option("", "checkpoint of an earlier stage to start from")
-    resume: bool = option(False, "go on with the run in --out_dir")
+    resume: bool = option(False, "go on with the run in --out_dir, with its settings")
     seed: int = option(0, "of weights, data order and noise")
     smoke: bool = option(False, "the whole path with very few steps")
+    bench: bool = option(False, "only measure the RecA step here: eager and compiled, float32 and bfloat16")
 
     image_size: int = option(48, "pixels of a side")
     patch_size: int = option(16, "pixels of a patch's side")
@@ -95,17 +111,28 @@ class Config:
     device: str = option("auto", "auto, cpu, cuda, cuda:1, ...")
     dtype: str = option("auto", "of autocast; auto: bfloat16 on a GPU that has it, else float16 there, float32 on a CPU", ["auto", "float32", "bfloat16", "float16"])
     compile: str = option("auto", "torch.compile of the core step; auto: on a GPU (no gain was measured on CPUs)", ["auto", "on", "off"])
+    accumulate: int = option(1, "parts of a step's batch that are computed one after the other, to save memory")
+    checkpoint_activations: bool = option(False, "compute the blocks' activations again in the backward pass, to save memory")
+    shard: bool = option(False, "under torchrun, one stage at a time: each process holds a share of the weights (FSDP2)")
     workers: int = option(-1, "loader processes; -1: none for shapes, else one a core")
-    save_every: int = option(500, "steps between checkpoints")
+    cache_dir: str = option("", "where the index of an image folder is kept; default: ~/.cache/reca")
+    save_every: int = option(500, "steps between states to resume from")
+    keep: int = option(2, "newest states to keep")
     log_every: int = option(50, "steps between log lines")
     eval_n: int = option(240, "prompts of each category in the report")
 
 
 PRESETS = {
-    "imagenet": dict(image_size=64, patch_size=8, width=384, depth=8, heads=6, text_len=33, encoder="clip-b16", eval_n=1000),
+    "imagenet": dict(image_size=64, patch_size=8, width=384, depth=12, heads=6, text_len=33, encoder="clip-b16", eval_n=1000),
 }
 PRESETS["folder"] = PRESETS["cifar10"] = PRESETS["imagenet"]
+LARGE = dict(patch_size=16, width=768, depth=12, heads=12)  # photographs from 128 px on: JiT-B's sizes, arXiv 2511.13720
 SMOKE = dict(encoder_steps=60, pretrain_steps=100, align_steps=40, reca_steps=40, warmup=10, eval_n=24, log_every=10)
+
+
+# What --resume may change; all else is the run's own.
+CHANGEABLE = {"resume", "out_dir", "data_dir", "cache_dir", "device", "dtype", "compile", "accumulate", "checkpoint_activations", "workers", "save_every", "keep",
+              "log_every", "eval_n", "grad_clip", *(f"{s}_{x}" for s in ("encoder", "pretrain", "align", "reca") for x in ("lr", "steps"))}
 
 
 class Parser(argparse.ArgumentParser):
@@ -118,49 +145,81 @@ class Parser(argparse.ArgumentParser):
         fail(f"{message}{hint} (python {Path(self.prog).name} --help lists the options)")
 
 
+def say(message: str) -> None:
+    if int(os.environ.get("RANK", 0)) == 0:
+        tqdm.write(message)
+
+
 def fail(message: str):
     """A user's mistake: one sentence, exit code 2."""
-    print(f"error: {message}", file=sys.stderr)
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(f"error: {message}", file=sys.stderr)
     raise SystemExit(2)
 
 
-def parse_config(argv) -> Config:
-    """Command line over the data set's preset over the defaults."""
+def read_options(argv) -> dict:
+    """The options that the command line gives."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     for f in dataclasses.fields(Config):
         kind = dict(action=argparse.BooleanOptionalAction) if f.type is bool else dict(type=f.type, choices=f.metadata["choices"])
         parser.add_argument(f"--{f.name}", default=argparse.SUPPRESS, help=f"{f.metadata['help']} (default: {f.default})", **kind)
-    given = vars(parser.parse_args(argv))
-    preset = PRESETS.get(given.get("dataset", "shapes"), {}) | (SMOKE if given.get("smoke") else {})
-    return Config(**(preset | given))
+    return vars(parser.parse_args(argv))
+
+
+def parse_config(argv) -> Config:
+    """Command line over the data set's preset over the defaults."""
+    given = read_options(argv)
+    preset = PRESETS.get(given.get("dataset", "shapes"), {})
+    large = LARGE if preset and given.get("image_size", 0) >= 128 else {}
+    return Config(**(preset | large | (SMOKE if given.get("smoke") else {}) | given))
 
 
 def check(cfg: Config) -> None:
     """What can be known to be wrong before any work starts."""
-    for name in ("image_size", "patch_size", "width", "depth", "heads", "text_len", "batch_size", "side_batch", "log_every", "save_every", "eval_n"):
-        if getattr(cfg, name) < 1:
-            fail(f"--{name} is {getattr(cfg, name)}, it must be at least 1")
-    for name in ("encoder_steps", "pretrain_steps", "align_steps", "reca_steps"):
-        if getattr(cfg, name) < 0:
-            fail(f"--{name} is {getattr(cfg, name)}, it must not be negative")
-    for name in ("encoder_lr", "pretrain_lr", "align_lr", "reca_lr", "grad_clip"):
-        if not 0 < getattr(cfg, name) < float("inf"):
-            fail(f"--{name} is {getattr(cfg, name)}, it must be a positive number")
-    for name in ("decay", "ema"):
-        if not 0 <= getattr(cfg, name) < 1:
-            fail(f"--{name} is {getattr(cfg, name)}, it must be in [0, 1)")
+    def each(names: str, right, what: str):
+        for name in names.split():
+            if not right(getattr(cfg, name)):
+                fail(f"--{name} is {getattr(cfg, name)}, it must be {what}")
+
+    each("image_size patch_size width depth heads batch_size draws side_batch accumulate keep log_every save_every eval_n", lambda n: n >= 1, "at least 1")
+    each("encoder_steps pretrain_steps align_steps reca_steps warmup", lambda n: n >= 0, "at least 0")
+    each("encoder_lr pretrain_lr align_lr reca_lr grad_clip", lambda x: 0 < x < math.inf, "a positive number")
+    each("t2t i2t replay words entropy weight_decay", lambda x: 0 <= x < math.inf, "a number, at least 0")
+    each("decay", lambda x: 0 <= x <= 1, "in [0, 1]")
+    each("ema", lambda x: 0 <= x < 1, "in [0, 1)")
+    each("text_len", lambda n: n == TEXT_LEN if cfg.dataset == "shapes" else n >= 3, f"{TEXT_LEN}: its longest caption" if cfg.dataset == "shapes" else "at least 3")
+    each("workers", lambda n: n >= -1, "-1 or more")
+    each("seed", lambda n: 0 <= n < 2 ** 32, "at least 0 and below 2^32")
     if cfg.image_size % cfg.patch_size:
         fail(f"--image_size {cfg.image_size} is not a multiple of --patch_size {cfg.patch_size}")
+    if cfg.paradigm in ("ar", "mask") and cfg.image_size % ModelConfig.code_stride:
+        fail(f"--image_size {cfg.image_size} is not a multiple of {ModelConfig.code_stride}: --paradigm {cfg.paradigm} has a code for so many pixels")
     if cfg.width % cfg.heads:
         fail(f"--width {cfg.width} is not a multiple of --heads {cfg.heads}")
-    if cfg.dataset in ("imagenet", "folder") and not cfg.data_dir:
-        fail(f"--dataset {cfg.dataset} needs --data_dir, the folder of its images")
-    if cfg.dataset != "shapes" and cfg.encoder == "scratch":
-        fail(f"--dataset {cfg.dataset} needs public weights (--encoder clip-b16, or a path): the scratch encoder learns from the shapes' exact captions")
     if cfg.dataset == "shapes" and cfg.image_size % 3:
         fail(f"--image_size {cfg.image_size} is not a multiple of 3: a scene of shapes is a grid of 3 x 3 cells")
-    if cfg.device.startswith("cuda") and not torch.cuda.is_available():
-        fail(f"--device {cfg.device}: this machine has no CUDA device that torch can use")
+    if cfg.dataset in ("imagenet", "folder") and not cfg.data_dir and not cfg.bench:
+        fail(f"--dataset {cfg.dataset} needs --data_dir, the folder of its images")
+    if cfg.data_dir and not os.path.isdir(cfg.data_dir) and cfg.dataset != "cifar10":
+        fail(f"--data_dir {cfg.data_dir} is no folder")
+    if cfg.dataset != "shapes" and cfg.encoder == "scratch":
+        fail(f"--dataset {cfg.dataset} needs public weights (--encoder clip-b16, or a path): the scratch encoder learns from the shapes' exact captions")
+    if cfg.stage == "encoder" and not any(weights_of("encoder", cfg).values()):
+        fail(f"--stage encoder has nothing to train: {cfg.encoder} is public, and --paradigm {cfg.paradigm} needs no tokenizer")
+    if cfg.stage in NEEDS and not (cfg.init_from or cfg.resume) and (cfg.stage != "pretrain" or cfg.paradigm in ("ar", "mask")):
+        fail(f"--stage {cfg.stage} starts from an earlier stage: give --init_from, a checkpoint of stage {NEEDS[cfg.stage]}")
+    try:
+        device = torch.device("cpu" if cfg.device == "auto" else cfg.device)
+    except RuntimeError:
+        fail(f"--device {cfg.device} is no device: auto, cpu, cuda, cuda:1, ...")
+    if device.type not in ("cpu", "cuda"):
+        fail(f"--device {cfg.device}: only cpu and cuda are supported")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        fail(f"--device {cfg.device}: this machine has {torch.cuda.device_count() or 'no'} CUDA devices that torch can use")
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    each("batch_size side_batch", lambda n: n % (world * cfg.accumulate) == 0, f"a multiple of {world} processes x --accumulate {cfg.accumulate}")
+    if cfg.shard and (world == 1 or cfg.stage == "all"):
+        fail("--shard needs several processes (torchrun --nproc_per_node N train.py ...) and one stage at a time (--stage ...)")
     try:
         Path(cfg.out_dir).mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -171,26 +230,67 @@ def check(cfg: Config) -> None:
 # One device-and-dtype policy
 
 
+PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "RTX 4090": 165e12, "RTX 3090": 71e12,
+              "V100": 125e12, "T4": 65e12}  # dense, 16 bits, by the makers' data sheets
+
+
 @dataclass
 class Policy:
     """Where the work is done and in which precision; parameters and optimizer stay in float32."""
     device: torch.device
     dtype: torch.dtype
     compile: bool
+    rank: int = 0   # of this process
+    world: int = 1  # processes, started by torchrun
 
     @classmethod
     def choose(cls, cfg: Config) -> "Policy":
+        rank, world, local = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
         device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if cfg.device == "auto" else cfg.device)
         cuda = device.type == "cuda"
+        if cuda:
+            device = torch.device("cuda", local if world > 1 else device.index or 0)
+            torch.cuda.set_device(device)
+        if world > 1 and not dist.is_initialized():
+            dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+        recon_loss.RANK, recon_loss.WORLD = rank, world
         auto = (torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16) if cuda else torch.float32
         torch.set_float32_matmul_precision("high" if cuda else "medium")  # TF32; on a CPU: oneDNN, 1.8 to 2.2 times MKL's speed on an AMD EPYC
-        return cls(device, auto if cfg.dtype == "auto" else getattr(torch, cfg.dtype), cuda if cfg.compile == "auto" else cfg.compile == "on")
+        wanted = cuda if cfg.compile == "auto" else cfg.compile == "on"
+        return cls(device, auto if cfg.dtype == "auto" else getattr(torch, cfg.dtype), wanted and can_compile(device), rank, world)
 
     def autocast(self):
         return nullcontext() if self.dtype == torch.float32 else torch.autocast(self.device.type, self.dtype)
 
     def scaler(self):
         return torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+
+    def device_name(self) -> str:
+        return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+
+    def peak_flops(self) -> float | None:
+        """What one device can do at best in 16 bits; None where that is not known."""
+        return next((peak for name, peak in PEAK_FLOPS.items() if name in self.device_name()), None)
+
+
+    def gigabytes(self) -> float:
+        """The most memory that was in use: of the GPU, or of this process."""
+        return (torch.cuda.max_memory_allocated() if self.device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024) / 2**30
+
+    def now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.time()
+
+
+def can_compile(device: torch.device) -> bool:
+    """A trial on two numbers: without a C++ compiler, or Triton on a GPU, training goes on without torch.compile."""
+    try:
+        torch.compile(lambda x: (x + 1).cos())(torch.ones(2, device=device))
+        return True
+    except Exception as error:  # the backend raises nearly anything; uncompiled, all is right but slower
+        say(f"torch.compile does not work here ({(str(error).splitlines() or [type(error).__name__])[0]:.90}): on without it")
+        return False
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -204,6 +304,9 @@ BATCHES = {
     "sft": {"main": ("reca", "batch_size"), "understand": ("understand", "side_batch"), "replay": ("pretrain", "side_batch")},
 }
 BATCHES["reca"] = BATCHES["sft"]
+
+# By itself a stage starts from a checkpoint of this stage, or of a later one.
+NEEDS = {"pretrain": "encoder", "align": "pretrain", "sft": "align", "reca": "align"}
 
 # What learns, by the parts of `part_of`; the rest is frozen.
 STAGES = ["encoder", "pretrain", "align", "sft", "reca"]
@@ -236,11 +339,12 @@ def weights_of(stage: str, cfg: Config) -> dict[str, float]:
 class Run:
     """The encoder, its throw-away text tower, and the model; and what a checkpoint of them holds."""
 
-    def __init__(self, cfg: Config, policy: Policy):
+    def __init__(self, cfg: Config, policy: Policy, vocabulary=None, encoder=None):
         self.cfg, self.policy, self.out = cfg, policy, Path(cfg.out_dir)
-        torch.manual_seed(cfg.seed)
-        self.vocabulary = self.dataset("pretrain").vocabulary
-        encoder = ViT(scratch_config(cfg.image_size, cfg.patch_size)) if cfg.encoder == "scratch" else load_encoder(cfg.encoder)
+        torch.manual_seed(cfg.seed)  # on every rank the same: they start with the same weights, and draw the same noise
+        self.vocabulary = vocabulary
+        self.vocabulary = vocabulary or self.dataset("pretrain").vocabulary
+        encoder = encoder or (ViT(scratch_config(cfg.image_size, cfg.patch_size)) if cfg.encoder == "scratch" else load_encoder(cfg.encoder))
         width = encoder.cfg.width
         model = UnifiedModel(ModelConfig(
             paradigm=cfg.paradigm, vocab_size=len(self.vocabulary), text_len=cfg.text_len, image_size=cfg.image_size, patch_size=cfg.patch_size,
@@ -248,12 +352,16 @@ class Run:
         tower = CaptionTower(len(self.vocabulary), cfg.text_len, 128, width)
         self.parts = nn.ModuleDict({"encoder": encoder, "tower": tower, "model": model}).to(policy.device)
         self.encoder, self.tower, self.model = encoder, tower, model
-        self.seconds: dict[str, float] = {}  # by stage
+        if cfg.checkpoint_activations:
+            for block in model.blocks:
+                block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+        self.average: dict[str, torch.Tensor] = {}  # of what learns in the model, in a stage with --ema
+        self.seconds: dict[str, float] = {}         # by stage
         self.workers = cfg.workers if cfg.workers >= 0 else 0 if cfg.dataset == "shapes" else os.cpu_count()
 
     def dataset(self, split: str):
         cfg = self.cfg
-        return make_dataset(cfg.dataset, split, cfg.data_dir, cfg.image_size, cfg.seed, text_len=cfg.text_len, vocabulary=getattr(self, "vocabulary", None))
+        return make_dataset(cfg.dataset, split, cfg.data_dir, cfg.image_size, cfg.seed, self.vocabulary, cfg.text_len, cache_dir=cfg.cache_dir)
 
     def parameters_of(self, stage: str) -> dict[str, nn.Parameter]:
         """Freezes all but what the stage trains, and returns that by name."""
@@ -263,14 +371,14 @@ class Run:
         return {name: p for name, p in chosen.items() if p.requires_grad}
 
     def checkpoint(self, stage: str, step: int) -> dict:
-        """What sample.py, evaluate.py and a later stage need; see sample.load_checkpoint."""
-        scratch = self.cfg.encoder == "scratch"
-        return {"format": 1, "stage": stage, "step": step, "model_config": asdict(self.model.cfg), "model": self.model.state_dict(), "ema": None,
-                "vocabulary": self.vocabulary.words, "config": asdict(self.cfg),
-                "encoder": {"name": self.cfg.encoder, "config": asdict(self.encoder.cfg) if scratch else None, "state": self.encoder.state_dict() if scratch else None}}
+        """What sample.py, evaluate.py and a later stage need; see sample.load_checkpoint. Under --shard all ranks have to call this."""
+        scratch, model = self.cfg.encoder == "scratch", whole(self.model.state_dict())
+        return {"format": 1, "stage": stage, "step": step, "model_config": asdict(self.model.cfg), "model": model,
+                "ema": model | whole(self.average) if self.average else None, "vocabulary": self.vocabulary.words, "config": asdict(self.cfg),
+                "encoder": {"name": self.cfg.encoder, "config": asdict(self.encoder.cfg) if scratch else None, "state": whole(self.encoder.state_dict()) if scratch else None}}
 
-    def load(self, path) -> None:
-        """Takes over the weights of a checkpoint of the same sizes and words; anything else is a user's mistake."""
+    def load(self, path, stage: str) -> None:
+        """Takes over the weights of a checkpoint of the same sizes and words, to begin `stage`; anything else is a user's mistake."""
         saved = read_checkpoint(path)
         mine, theirs = asdict(self.model.cfg), saved["model_config"]
         differ = [f"{k} is {theirs.get(k)} there and {mine[k]} here" for k in mine if theirs.get(k) != mine[k]]
@@ -280,30 +388,64 @@ class Run:
             differ.append(f"encoder is {saved['encoder']['name']} there and {self.cfg.encoder} here")
         if differ:
             fail(f"the checkpoint {path} is of another configuration: {'; '.join(differ)}")
-        self.model.load_state_dict(saved["model"])
+        if stage in NEEDS and STAGES.index(saved["stage"]) < STAGES.index(NEEDS[stage]):
+            fail(f"the checkpoint {path} is of stage {saved['stage']}, and --stage {stage} starts from {NEEDS[stage]}: train that stage first")
+        self.model.load_state_dict(saved["ema"] or saved["model"])
         if saved["encoder"]["state"] is not None:
             self.encoder.load_state_dict(saved["encoder"]["state"])
 
-    def save_state(self, stage: str, step: int, optimizers=(), scaler=None) -> None:
-        """`last.pt`: all that --resume needs; the one before it stays as `last_but_one.pt` in case this one gets damaged."""
-        cuda = torch.cuda.get_rng_state_all() if self.policy.device.type == "cuda" else []
+    def save_state(self, stage: str, step: int, optimizers, scaler, history: list) -> None:
+        """All that --resume needs to go on to the bit. (Python's and NumPy's generators are not used; a batch depends on seed and step alone.)"""
+        cuda = [torch.cuda.get_rng_state()] if self.policy.device.type == "cuda" else []
         state = self.checkpoint(stage, step) | {
-            "parts": self.parts.state_dict(), "optimizers": [o.state_dict() for o in optimizers], "scaler": scaler.state_dict() if scaler else {},
-            "rng": {"cpu": torch.get_rng_state(), "cuda": cuda}, "seconds": self.seconds}
-        if (self.out / "last.pt").exists():
-            os.replace(self.out / "last.pt", self.out / "last_but_one.pt")
-        save(state, self.out / "last.pt")
+            "parts": whole(self.parts.state_dict()), "average": whole(self.average), "optimizers": [whole(o.state_dict()) for o in optimizers],
+            "scaler": scaler.state_dict(), "rng": {"cpu": torch.get_rng_state(), "cuda": cuda}, "history": history, "seconds": self.seconds}
+        self.save(state, f"state-{STAGES.index(stage)}-{stage}-{step:07}.pt")
+        if self.policy.rank == 0:
+            for old in find_states(self.out)[self.cfg.keep:]:
+                old.unlink()
 
-    def log(self, stage: str, step: int, steps: int, losses: dict, lr: float, grad_norm: float, rate: float) -> None:
-        """One aligned line for people, one line of log.jsonl for programs; a loss that is no number ends the run."""
-        terms = " ".join(f"{term} {value:.4f}" for term, value in losses.items())
-        memory = f" | {torch.cuda.max_memory_allocated() / 2**30:.1f} GB" if self.policy.device.type == "cuda" else ""
-        tqdm.write(f"{stage:8} {step:{len(str(steps))}}/{steps} | {terms} | lr {lr:.1e} | gnorm {grad_norm:.2f} | {rate:.0f} img/s{memory}")
+    def save(self, state: dict, name: str) -> None:
+        """By the first rank alone; the others wait for it."""
+        if self.policy.rank == 0:
+            save(state, self.out / name)
+        if self.policy.world > 1:
+            dist.barrier()
+
+    def log(self, stage: str, step: int, steps: int, means: dict, lr: float, rate: float, flops: float, tokens: int) -> None:
+        """One aligned line for people, one line of log.jsonl for programs. rate: steps a second; flops, tokens: of this process in a step."""
+        if self.policy.rank:
+            return
+        speed = {"images_per_second": rate * self.cfg.batch_size, "tokens_per_second": rate * tokens * self.policy.world}
+        text = f"{speed['images_per_second']:.0f} img/s {speed['tokens_per_second'] / 1000:.1f}k tok/s"
+        if peak := self.policy.peak_flops():
+            speed["mfu"] = rate * flops / peak
+            text += f" MFU {speed['mfu']:.1%}"
+        speed["gigabytes"] = self.policy.gigabytes()
+        terms = " ".join(f"{term} {value:.4f}" for term, value in means.items() if term != "grad_norm")
+        say(f"{stage:8} {step:{len(str(steps))}}/{steps} | {terms} | lr {lr:.1e} | gnorm {means['grad_norm']:.2f} | {text} | {speed['gigabytes']:.1f} GB")
         with open(self.out / "log.jsonl", "a") as file:
-            file.write(json.dumps({"stage": stage, "step": step, **losses, "lr": lr, "grad_norm": grad_norm, "images_per_second": rate}) + "\n")
-        if not all(math.isfinite(value) for value in losses.values()):
-            fail(f"the loss of stage {stage} is not a number at step {step} ({terms}); the last good checkpoint is in {self.out}: "
-                 f"go on from it with --resume and half the learning rate (--{'reca' if stage == 'sft' else stage}_lr)")
+            file.write(json.dumps({"stage": stage, "step": step, **means, "lr": lr, **speed}) + "\n")
+
+    def require_finite(self, stage: str, done: int, names: list[str], history: list[list[float]]) -> None:
+        """Before anything is logged or saved: a step whose loss is no number ends the run, and the states before it stay."""
+        if self.policy.dtype == torch.float16:
+            names = names[:-1]  # the scaler skips a step whose gradient is not finite
+        for i, values in enumerate(history):
+            if wrong := [f"{name} is {value}" for name, value in zip(names, values) if not math.isfinite(value)]:
+                states, name = find_states(self.out), "reca" if stage == "sft" else stage
+                fail(f"{', '.join(wrong)} at step {done - len(history) + 1 + i} of stage {stage}; the last good state is {states[0] if states else 'the start'}: "
+                     f"go on from it with --resume --out_dir {self.out} --{name}_lr {getattr(self.cfg, f'{name}_lr') / 2:g}")
+
+
+def whole(state):
+    """Tensors that are sharded over the processes, put together again."""
+    return tree_map(lambda x: x.full_tensor() if isinstance(x, DTensor) else x, state)
+
+
+def like(value, other):
+    """A whole tensor, sharded over the processes as `other` is."""
+    return distribute_tensor(value.to(other.device), other.device_mesh, other.placements) if isinstance(other, DTensor) else value
 
 
 def save(state: dict, path: Path) -> None:
@@ -317,7 +459,7 @@ def save(state: dict, path: Path) -> None:
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
         temporary.unlink(missing_ok=True)
-        fail(f"{path} could not be written ({error}); what was saved before is whole: free some space, and go on with --resume")
+        fail(f"{path} could not be written ({(str(error).splitlines() or [''])[0]:.90}); what was saved before is whole: free some space, and go on with --resume")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -340,104 +482,244 @@ def learning_rate(step: int, steps: int, peak: float, cfg: Config) -> float:
     return peak * min((step + 1) / max(cfg.warmup, 1), 1.0, down)
 
 
-def device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+class Core(nn.Module):
+    """The core step, from images to losses, as a module: this is what torch.compile, DDP and FSDP take hold of."""
+
+    def __init__(self, run: Run, stage: str, weights: dict[str, float]):
+        super().__init__()
+        self.parts, self.weights = run.parts, weights
+        self.how = dict(captions="full" if stage == "sft" and run.cfg.captions == "dense" else "caption",
+                        train_connector=stage == "reca" and run.cfg.train_connector)
+
+    def forward(self, batch, progress):
+        return total_loss(self.parts["model"], self.parts["encoder"], batch, self.weights, progress, tower=self.parts["tower"], **self.how)
 
 
-def to_device(batch, device):
-    return {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
+def cost(core: Core, batch: dict, policy: Policy, cfg: Config) -> tuple[int, int]:
+    """FLOPs (a multiply-add is 2) and transformer tokens of a step, forward and backward: counted in one without an update."""
+    tokens = []
+    hook = core.parts["model"].blocks[0].register_forward_hook(lambda block, args, out: tokens.append(out.shape[0] * out.shape[1]))
+    with FlopCounterMode(display=False) as counter, policy.autocast():
+        core(part_of_batch(batch, 0, cfg.accumulate), torch.zeros((), device=policy.device))[0].backward()
+    hook.remove()
+    core.zero_grad()
+    return counter.get_total_flops() * cfg.accumulate, sum(tokens) * cfg.accumulate
 
 
-def restore(saved: dict, optimizers: list, scaler) -> int:
-    """Puts back all that decides the rest of a stage, to the bit; returns the step to go on with."""
+def prepare(core: Core, policy: Policy, shard: bool) -> nn.Module:
+    """torch's own engines around the core step. Static shapes: one graph a stage."""
+    if shard:
+        for block in core.parts["model"].blocks:
+            fully_shard(block)
+            if policy.compile:
+                block.compile(dynamic=False)
+        return fully_shard(core)
+    if policy.compile:
+        core.compile(dynamic=False)
+    ids = [policy.device.index] if policy.device.type == "cuda" else None
+    return DistributedDataParallel(core, device_ids=ids, static_graph=True) if policy.world > 1 else core
+
+
+def update(core, batch: dict, progress, optimizers: list, scaler, policy: Policy, cfg: Config) -> dict[str, torch.Tensor]:
+    """One optimizer step. Returns the terms of the loss, and the norm of the gradient."""
+    sums = {}
+    for i in range(cfg.accumulate):
+        with policy.autocast():
+            loss, parts = core(part_of_batch(batch, i, cfg.accumulate), progress)
+        scaler.scale(loss / cfg.accumulate).backward()
+        for term, value in parts.items():
+            sums[term] = sums.get(term, 0) + value.float() / cfg.accumulate
+    for optimizer in optimizers:
+        scaler.unscale_(optimizer)
+    learning = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
+    grad_norm = whole(nn.utils.clip_grad_norm_(learning, cfg.grad_clip))
+    for optimizer in optimizers:
+        scaler.step(optimizer)
+        optimizer.zero_grad()
+    scaler.update()
+    return sums | {"grad_norm": grad_norm}
+
+
+def to_device(batch: dict, device) -> dict:
+    return {role: {k: v.to(device, non_blocking=True) for k, v in part.items()} for role, part in batch.items()}
+
+
+def part_of_batch(batch: dict, i: int, n: int) -> dict:
+    return {role: {k: v.chunk(n)[i] for k, v in part.items()} for role, part in batch.items()}
+
+
+def next_batch(streams: dict, device) -> dict:
+    return to_device({role: next(stream) for role, stream in streams.items()}, device)
+
+
+def mean_of_ranks(values: torch.Tensor, world: int) -> torch.Tensor:
+    if world > 1:
+        dist.all_reduce(values)
+    return values / world
+
+
+def restore(saved: dict, average: dict, optimizers: list, scaler) -> list[torch.Tensor]:
+    """Puts back all that decides the rest of a stage, to the bit; returns the history since the last log line."""
+    for name, value in saved["average"].items():
+        average[name].copy_(like(value, average[name]))
     for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
+        for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"]):
+            for k, v in state["state"].get(i, {}).items():
+                state["state"][i][k] = like(v, p) if v.shape == p.shape else v
         optimizer.load_state_dict(state)
-    scaler.load_state_dict(saved["scaler"])
+    if scaler.is_enabled() and saved["scaler"]:
+        scaler.load_state_dict(saved["scaler"])
     torch.set_rng_state(saved["rng"]["cpu"])
-    if saved["rng"]["cuda"]:
-        torch.cuda.set_rng_state_all(saved["rng"]["cuda"])
-    return saved["step"]
+    if saved["rng"]["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state(saved["rng"]["cuda"][0])
+    return saved["history"]
 
 
 class Interrupt:
-    """SIGINT and SIGTERM ask for a stop after the step in progress; a second one stops at once."""
+    """SIGINT and SIGTERM in a stage ask for a stop after the step in progress; a second one, or one elsewhere, stops at once."""
 
     def __init__(self):
-        self.asked = False
+        self.asked, self.training = 0, False
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.ask)
 
     def ask(self, number, frame):
-        if self.asked:
+        if self.asked or not self.training:
             raise SystemExit(128 + number)
-        self.asked = True
+        self.asked = number
+
+    def agreed(self, world: int) -> int:
+        """The signal, if any process got one: all of them have to stop after the same step."""
+        if world > 1:
+            asked = torch.tensor(self.asked)
+            dist.all_reduce(asked, dist.ReduceOp.MAX)
+            self.asked = int(asked)
+        return self.asked
 
 
-def train_stage(run: Run, stage: str, interrupt: Interrupt, saved: dict | None = None) -> int:
-    """Trains one stage, from `saved` (a state of the same stage, see Run.save_state) if given; returns its steps."""
+def train_stage(run: Run, stage: str, interrupt: Interrupt, saved: dict | None = None) -> None:
+    """Trains one stage, from `saved` (a state of the same stage, see Run.save_state) if given, and saves its checkpoint."""
     cfg, policy = run.cfg, run.policy
     name = "reca" if stage == "sft" else stage  # the control shares RecA's steps, rate, images, order and noise
     steps, peak = getattr(cfg, f"{name}_steps"), getattr(cfg, f"{name}_lr")
     weights = {term: w for term, w in weights_of(stage, cfg).items() if w > 0}
-    chosen = run.parameters_of(stage)
-    if not chosen or not weights or not steps:
-        return 0
-    optimizers, scaler, start = make_optimizers(chosen, cfg), policy.scaler(), 0
-    seed = cfg.seed * 1000 + STAGES.index(name) * 10
-    torch.manual_seed(seed)
-    if saved:
-        start = restore(saved, optimizers, scaler)
-    streams = {role: batches(run.dataset(split), getattr(cfg, size), seed + i, start, run.workers)
+    seed, start = cfg.seed * 1000 + STAGES.index(name) * 10, saved["step"] if saved else 0
+    streams = {role: batches(run.dataset(split), getattr(cfg, size), seed + i, start, run.workers, str(run.out / "bad_images.txt"), policy.rank, policy.world)
                for i, (role, (split, size)) in enumerate(BATCHES[stage].items())}
-    step_loss = torch.compile(total_loss) if policy.compile else total_loss
-    how = dict(tower=run.tower, captions="full" if stage == "sft" and cfg.captions == "dense" else "caption",
-               train_connector=stage == "reca" and cfg.train_connector)
+    if not run.parameters_of(stage) or not weights:
+        return  # public weights, no tokenizer: nothing to train
+    core, batch = Core(run, stage, weights), next_batch(streams, policy.device)
     run.parts.train()
-    sums, clock = {}, time.time()
-    for step in tqdm(range(start, steps), desc=stage, initial=start, total=steps, leave=False, disable=None):
-        batch = {role: to_device(next(stream), policy.device) for role, stream in streams.items()}
-        progress = torch.tensor(step / steps, device=policy.device)
-        with policy.autocast():
-            loss, parts = step_loss(run.model, run.encoder, batch, weights, progress, **how)
-        scaler.scale(loss).backward()
-        for optimizer in optimizers:
-            scaler.unscale_(optimizer)
-        grad_norm = nn.utils.clip_grad_norm_(chosen.values(), cfg.grad_clip)
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, steps, peak, cfg)
-            scaler.step(optimizer)
-            optimizer.zero_grad()
-        scaler.update()
-        for term, value in parts.items():
-            sums[term] = sums.get(term, 0) + value
-        done, passed = step + 1, (step - start) % cfg.log_every + 1
-        if done % cfg.log_every == 0 or done == steps:
-            run.log(stage, done, steps, {term: s.item() / passed for term, s in sums.items()}, group["lr"], grad_norm.item(), passed * cfg.batch_size / (time.time() - clock))
-            sums, clock = {}, time.time()
-        if done < steps and (done % cfg.save_every == 0 or interrupt.asked):
-            run.save_state(stage, done, optimizers, scaler)
-        if interrupt.asked:
-            print(f"\nstopped in {stage} after step {done}; go on with: --resume --out_dir {run.out}")
-            raise SystemExit(130)
+    flops, tokens = cost(core, batch, policy, cfg)
+    core = prepare(core, policy, cfg.shard)
+    chosen = run.parameters_of(stage)  # under --shard other tensors than before
+    optimizers, scaler = make_optimizers(chosen, cfg), policy.scaler()
+    averaged = {name.removeprefix("model."): p for name, p in chosen.items() if name.startswith("model.") and cfg.ema}
+    run.average = {name: p.detach().clone() for name, p in averaged.items()}
+    torch.manual_seed(seed)
+    history = []  # of the steps since the last log line: the terms of the loss, and the norm of the gradient
+    if saved:
+        history = restore(saved, run.average, optimizers, scaler)
+
+    clock, clocked, before = time.time(), start, run.seconds.get(stage, 0) - time.time()
+    interrupt.training = True
+    for step in tqdm(range(start, steps), desc=stage, initial=start, total=steps, leave=False, disable=policy.rank > 0 or None):
+        lr = learning_rate(step, steps, peak, cfg)
+        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+            group["lr"] = lr
+        parts = update(core, batch, torch.tensor(step / steps, device=policy.device), optimizers, scaler, policy, cfg)
+        batch = next_batch(streams, policy.device)  # while a GPU still computes
+        history.append(torch.stack(list(parts.values())))
+        if cfg.ema:
+            for name, p in averaged.items():
+                run.average[name].lerp_(p.detach(), 1 - min(cfg.ema, (1 + step) / (10 + step)))  # short at first
+        done, stop = step + 1, interrupt.agreed(policy.world)
+        log, keep = done % cfg.log_every == 0 or done == steps, done % cfg.save_every == 0 or done == steps or stop
+        if log or keep:  # the only places where the GPU is waited for
+            history = list(mean_of_ranks(torch.stack([line.to(policy.device) for line in history]), policy.world).cpu())
+            run.require_finite(stage, done, list(parts), [line.tolist() for line in history])
+        if log:
+            means = dict(zip(parts, torch.stack(history).mean(0).tolist()))
+            run.log(stage, done, steps, means, lr, (done - clocked) / (time.time() - clock), flops, tokens)
+            history, clock, clocked = [], time.time(), done
+        if keep:
+            run.seconds[stage] = before + time.time()
+            run.save_state(stage, done, optimizers, scaler, history)
+        if stop:
+            say(f"stopped in {stage} after step {done}; go on with: --resume --out_dir {run.out}")
+            raise SystemExit(128 + stop)
+    interrupt.training = False
     run.parts.eval()
-    return steps
+    run.save(run.checkpoint(stage, steps), f"{'pretrain' if stage == 'align' else stage}.pt")
+    for name, p in averaged.items():  # what samples is what the next stage starts from
+        p.data.copy_(run.average[name])
+    run.average = {}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # From the command line to the report
 
 
-def find_state(out: Path) -> dict:
-    """The newest good state of a run."""
-    for name in ("last.pt", "last_but_one.pt"):
+def find_states(out: Path) -> list[Path]:
+    """The states of a run, the newest first: their names are in the order of stages and steps."""
+    return sorted(out.glob("state-*.pt"), reverse=True)
+
+
+def read_state(out: Path) -> dict | None:
+    """The newest good state of a run; None if it was stopped before the first."""
+    for path in find_states(out):
         try:
-            return torch.load(out / name, map_location="cpu", weights_only=True)
-        except FileNotFoundError:
-            continue
+            with zipfile.ZipFile(path) as file:
+                if broken := file.testzip():  # torch.load does not look at the checksums
+                    raise ValueError(f"checksum of {broken}")
+            return torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # a damaged file can raise nearly anything; the one before it is the answer
-            print(f"{out / name} is damaged ({type(error).__name__}), looking for the one before it")
-    fail(f"--resume: there is no good state in {out}; start the run anew, without --resume")
+            say(f"{path} is damaged ({type(error).__name__}), taking the one before it")
+
+
+def claim(out: Path):
+    """One run a folder: `run.json`, locked until this process ends, however it ends. Returns the open file and what it says of the run before."""
+    file = open(out / "run.json", "a+")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        fail(f"another run is at work in {out}: wait for it, or give another --out_dir")
+    file.seek(0)
+    try:
+        return file, json.load(file)
+    except ValueError:
+        return file, {}  # new, or stopped while it was written
+
+
+def note(file, cfg: Config, finished: bool) -> None:
+    file.truncate(0)
+    file.write(json.dumps({"finished": finished, "config": asdict(cfg)}))
+    file.flush()
+
+
+def trim_log(path: Path, limits: dict[str, int]) -> None:
+    """Takes out the lines that a run is about to write: those of the given stages after the given steps, and half a line."""
+    kept = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            entry = json.loads(line)
+            kept += [line] if entry["step"] <= limits.get(entry["stage"], entry["step"]) else []
+        except (ValueError, KeyError):
+            pass
+    path.with_suffix(".tmp").write_text("".join(line + "\n" for line in kept))
+    os.replace(path.with_suffix(".tmp"), path)
+
+
+def resumed(cfg: Config, given: dict, theirs: dict) -> Config:
+    """The settings of the run that is resumed: its own, but for what --resume may change."""
+    for name in given.keys() - CHANGEABLE:
+        if given[name] != theirs.get(name, given[name]):
+            fail(f"--{name} {given[name]}: the run in {cfg.out_dir} has {theirs[name]}, and --resume goes on with that; leave the option out, "
+                 f"or start another run with --init_from")
+    try:
+        return Config(**(theirs | {name: value for name, value in given.items() if name in CHANGEABLE} | {"out_dir": cfg.out_dir, "resume": True}))
+    except TypeError as error:
+        fail(f"the run in {cfg.out_dir} is of another version of this code ({error}): start a new one, with --init_from")
 
 
 def report(run: Run, names: list[str]) -> None:
@@ -446,7 +728,7 @@ def report(run: Run, names: list[str]) -> None:
     photos = None if cfg.dataset == "shapes" else run.dataset("test")
     for name, loaded in zip(names, checkpoints):
         scores = evaluate.photographs(loaded, photos, cfg.eval_n, cfg.seed) if photos else evaluate.evaluate(loaded, cfg.eval_n, cfg.seed)
-        results[name] = scores | {"steps": loaded.step, "seconds": run.seconds, "device": device_name(run.policy.device), "seed": cfg.seed, "settings": asdict(cfg)}
+        results[name] = scores | {"steps": loaded.step, "seconds": run.seconds, "device": run.policy.device_name(), "seed": cfg.seed, "settings": asdict(cfg)}
     (run.out / "results.json").write_text(json.dumps(results, indent=1))
     print(evaluate.table(results))
     if photos:
@@ -456,44 +738,93 @@ def report(run: Run, names: list[str]) -> None:
     print(f"{run.out}/results.json, {run.out}/compare.png and {run.out}/log.jsonl are written; training took {sum(run.seconds.values()) / 60:.1f} minutes")
 
 
-def main(argv=None) -> None:
-    cfg = parse_config(argv)
-    check(cfg)
-    try:
-        train(cfg)
-    except ValueError as error:
-        fail(str(error))
+def bench(cfg: Config, steps: int = 20) -> None:
+    """Speed of RecA's core step on random images and words: eager and compiled, in both precisions. JSON on stdout and in OUT/bench.json."""
+    rows = []
+    for dtype, compiled in ((d, c) for d in ("float32", "bfloat16") for c in ("off", "on")):
+        policy = Policy.choose(dataclasses.replace(cfg, dtype=dtype, compile=compiled))
+        if compiled == "on" and not policy.compile:
+            continue
+        shapes = cfg.dataset == "shapes"  # photographs: an encoder of CLIP-B/16's sizes and a vocabulary of ImageNet's, no weights needed
+        run = Run(cfg, policy, make_dataset("shapes", "reca").vocabulary if shapes else Vocabulary(SPECIALS + [str(i) for i in range(2000)]),
+                  None if shapes else ViT(ViTConfig(image_size=224, patch_size=16, width=768, depth=12, heads=12, mlp_width=3072)))
+        core, chosen = Core(run, "reca", {"recon": 1.0}), run.parameters_of("reca")
+        batch = {"main": {"image": torch.rand(cfg.batch_size, 3, cfg.image_size, cfg.image_size, device=policy.device)}}
+        flops, tokens = cost(core, batch, policy, cfg)
+        optimizers, scaler, progress, core = make_optimizers(chosen, cfg), policy.scaler(), torch.zeros((), device=policy.device), prepare(core, policy, False)
+        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+            group["lr"] = 1e-4
+        for step in range(5 + steps):
+            if step == 5:  # after warm-up
+                began = policy.now()
+            update(core, batch, progress, optimizers, scaler, policy, cfg)
+        rate, peak = steps / (policy.now() - began), policy.peak_flops()
+        rows.append({"dtype": dtype, "compiled": compiled == "on", "steps_per_second": rate, "images_per_second": rate * cfg.batch_size,
+                     "tokens_per_second": rate * tokens, "teraflops_per_second": rate * flops / 1e12, "mfu": rate * flops / peak if peak else None,
+                     "gigabytes": policy.gigabytes()})
+    text = json.dumps({"device": policy.device_name(), "parameters": sum(p.numel() for p in run.model.parameters()), "image_size": cfg.image_size,
+                       "batch_size": cfg.batch_size, "draws": cfg.draws, "paradigm": cfg.paradigm, "torch": torch.__version__, "rows": rows}, indent=1)
+    (run.out / "bench.json").write_text(text)
+    print(text)
 
 
-def train(cfg: Config) -> None:
-    saved = find_state(Path(cfg.out_dir)) if cfg.resume else None
-    if saved:  # a resumed run is the same run: only where it looks for its files may differ
-        cfg = Config(**(saved["config"] | {"resume": True, "out_dir": cfg.out_dir, "data_dir": cfg.data_dir or saved["config"]["data_dir"]}))
-    policy, interrupt = Policy.choose(cfg), Interrupt()
-    run = Run(cfg, policy)
+def train(cfg: Config, given: dict) -> None:
+    interrupt, out, saved = Interrupt(), Path(cfg.out_dir), None
+    first = int(os.environ.get("RANK", 0)) == 0
+    file, before = claim(out) if first else (None, json.loads((out / "run.json").read_text() or "{}") if cfg.resume else {})
+    if cfg.resume:
+        saved = read_state(out)
+        if not saved and not before:
+            fail(f"--resume: there is no run in {out}; leave --resume out to start one")
+        cfg = resumed(cfg, given, saved["config"] if saved else before["config"])
+        check(cfg)
+    elif before and not before["finished"] and find_states(out):
+        fail(f"{out} holds a run that has not ended ({find_states(out)[0].name}): go on with it (--resume --out_dir {out}), give another --out_dir, or remove it")
     stages = STAGES if cfg.stage == "all" else [cfg.stage]
+    if saved:
+        stages = stages[stages.index(saved["stage"]):]
+    policy = Policy.choose(cfg)
+    run = Run(cfg, policy)
     if saved:
         run.parts.load_state_dict(saved["parts"])
         run.seconds = saved["seconds"]
-        stages = stages[stages.index(saved["stage"]):]
     elif cfg.init_from:
-        run.load(cfg.init_from)
+        run.load(cfg.init_from, cfg.stage)
+    if first:
+        if before and not cfg.resume:
+            say(f"{out} holds a finished run: what this one makes takes its place")
+            for old in find_states(out):
+                old.unlink()
+        note(file, cfg, finished=False)
+        trim_log(out / "log.jsonl", {stage: 0 for stage in stages} | ({stages[0]: saved["step"]} if saved else {}))
     parameters = sum(p.numel() for p in run.model.parameters()) / 1e6
-    print(f"{cfg.dataset}, {cfg.paradigm}: {parameters:.2f} M parameters, encoder {cfg.encoder}, on {device_name(policy.device)} in {policy.dtype}"
-          f"{', compiled' if policy.compile else ''}, {run.workers} loader processes")
+    say(f"{cfg.dataset}, {cfg.paradigm}: {parameters:.2f} M parameters, encoder {cfg.encoder}, on {policy.world} x {policy.device_name()} in {policy.dtype}"
+        f"{', compiled' if policy.compile else ''}, {run.workers} loader processes")
     for stage in stages:
-        middle = saved if saved and saved["stage"] == stage and saved["step"] else None
-        if not middle:
-            if stage in ("sft", "reca") and cfg.stage == "all":
-                run.load(run.out / "pretrain.pt")  # both start from the aligned base
-            run.save_state(stage, 0)
-        began = time.time()
-        steps = train_stage(run, stage, interrupt, middle)
-        run.seconds[stage] = run.seconds.get(stage, 0) + time.time() - began
-        save(run.checkpoint(stage, steps), run.out / f"{'pretrain' if stage == 'align' else stage}.pt")
-    scored = {"all": ["pretrain", "sft", "reca"], "encoder": [], "align": ["pretrain"]}.get(cfg.stage, [cfg.stage])
-    if scored:
-        report(run, scored)
+        middle = saved if saved and saved["stage"] == stage else None
+        if stage in ("sft", "reca") and cfg.stage == "all" and not middle:
+            run.load(out / "pretrain.pt", stage)  # both start from the aligned base
+        train_stage(run, stage, interrupt, middle)
+    if first:
+        if scored := {"all": ["pretrain", "sft", "reca"], "encoder": [], "align": ["pretrain"]}.get(cfg.stage, [cfg.stage]):
+            report(run, scored)
+        note(file, cfg, finished=True)
+    if policy.world > 1:
+        dist.destroy_process_group()
+
+
+def main(argv=None) -> None:
+    given = read_options(argv)
+    cfg = parse_config(argv)
+    try:
+        check(cfg)
+        bench(cfg) if cfg.bench else train(cfg, given)
+    except ValueError as error:
+        fail(str(error))
+    except OSError as error:
+        fail(f"{error}; what was saved before is whole: go on with --resume")
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        fail(f"out of memory ({(str(error).splitlines() or [''])[0]:.90}): go on with --resume --accumulate {2 * cfg.accumulate}, or with --checkpoint_activations")
 
 
 if __name__ == "__main__":
