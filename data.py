@@ -18,7 +18,7 @@ Every data set here answers one question, `__getitems__([(epoch, index), ...])`,
     image     (B, 3, H, W) float in [0, 1]
     caption   (B, T) long   <bos> words <eos> <pad> ...   what the generator reads (sparse)
     full      (B, T) long   a full description            what the understanding side reads
-    wording   (B, T) long   the same in another wording
+    wording   (B, T) long   the same in another wording, shapes: by relations   what the model is taught to say
     canonical (B, T) long   the same in a fixed wording and order, with all that fits: what the visual words learn to say
 
 # B batch, T words, H W pixels. One cell of a scene is 0 when empty, else 1 + shape * len(COLORS) + color.
@@ -339,7 +339,7 @@ class Shapes(Dataset):
         rngs = [random.Random(f"{self.seed} {self.split} {key}") for key in keys]
         texts = {"caption": [describe(s, r, *SPARSE) for s, r in zip(scenes, rngs)], "canonical": [describe(s) for s in scenes],
                  "full": [describe(s, r, *r.choice(FULL)) for s, r in zip(scenes, rngs)],
-                 "wording": [describe(s, r, *r.choice(FULL)) for s, r in zip(scenes, rngs)]}
+                 "wording": [describe(s, r, *FULL[0]) for s, r in zip(scenes, rngs)]}
         texts = {name: torch.tensor([self.vocabulary.encode(text, self.text_len) for text in lines]) for name, lines in texts.items()}
         grid = torch.tensor([to_grid(s) for s in scenes])
         background = torch.tensor([s.background for s in scenes])

@@ -263,7 +263,7 @@ def total_loss(model, encoder, batch, weights, progress=0.0, tower=None, caption
     if "replay" in on:
         parts["replay"] = t2i_loss(model, replay["caption"], replay["image"])
     if "i2t" in on:
-        parts["i2t"], words = i2t_loss(model, encoder, understand["image"], understand["full"])
+        parts["i2t"], words = i2t_loss(model, encoder, understand["image"], understand["wording"])
     if "t2t" in on:
         parts["t2t"] = t2t_loss(model, understand["full"], understand["wording"])
     if on & {"caption", "contrast"}:

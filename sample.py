@@ -157,7 +157,7 @@ def likeliest(logits, top_k, top_p):
         logits = logits.masked_fill(logits < logits.topk(min(top_k, logits.shape[-1])).values[..., -1:], -math.inf)
     if top_p < 1:
         p, order = logits.softmax(-1).sort(descending=True)
-        out = p.cumsum(-1) - p >= top_p                                          # the first is always in
+        out = p.cumsum(-1) - p >= max(top_p, 1e-9)                               # the first is always in
         logits = logits.masked_fill(torch.zeros_like(out).scatter(-1, order, out), -math.inf)
     return logits
 
@@ -243,9 +243,9 @@ def edit_words(words, vocabulary, instructions):
     """
     words, K = words.clone(), words.shape[1]
     for row, instruction in zip(words, instructions, strict=True):
-        ids = vocabulary.encode(instruction, K + 1, strict=True)[1:]             # without <bos>
+        ids = [i for i in vocabulary.encode(instruction, K + 1, strict=True) if i not in (BOS, PAD)]
         end = (row.argmax(-1) == EOS).int()
-        start = min(int(end.argmax()) if end.any() else K, K - 1 - ids.index(EOS))
+        start = min(int(end.argmax()) if end.any() else K, K - len(ids))
         row[start:] = F.one_hot(torch.tensor((ids + [PAD] * K)[: K - start]), row.shape[-1]).to(row)
     return words
 
