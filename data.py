@@ -18,7 +18,7 @@ Every data set here answers one question, `__getitems__([(epoch, index), ...])`,
     image     (B, 3, H, W) float in [0, 1]
     caption   (B, T) long   <bos> words <eos> <pad> ...   what the generator reads (sparse)
     full      (B, T) long   a full description            what the understanding side reads
-    wording   (B, T) long   the same in another wording, shapes: by relations   what the model is taught to say
+    wording   (B, T) long   the same in another wording   what the model is taught to say; shapes: by relations, in a fixed order
     canonical (B, T) long   the same in a fixed wording and order, with all that fits: what the visual words learn to say
 
 # B batch, T words, H W pixels. One cell of a scene is 0 when empty, else 1 + shape * len(COLORS) + color.
@@ -194,8 +194,9 @@ def describe(scene: Scene, rng: random.Random | None = None, color: float = 1, r
     if scene.kind == "group":
         return phrase(scene.things[0], len(scene.things))
     parts = []
-    for pair in ordered([scene.things[:2], scene.things[2:]], key=lambda pair: [t.shape for t in pair][-1:] or [99]):
-        pair = ordered(pair, key=lambda thing: thing.shape)  # either may be the subject
+    rank = lambda thing: (thing.color, thing.shape)
+    for pair in ordered([scene.things[:2], scene.things[2:]], key=lambda pair: min(map(rank, pair), default=(9, 9))):
+        pair = ordered(pair, key=rank)  # either may be the subject
         link = "and"
         if related and len(pair) == 2:
             link = relation(pair[0].cell, pair[1].cell)
@@ -339,7 +340,7 @@ class Shapes(Dataset):
         rngs = [random.Random(f"{self.seed} {self.split} {key}") for key in keys]
         texts = {"caption": [describe(s, r, *SPARSE) for s, r in zip(scenes, rngs)], "canonical": [describe(s) for s in scenes],
                  "full": [describe(s, r, *r.choice(FULL)) for s, r in zip(scenes, rngs)],
-                 "wording": [describe(s, r, *FULL[0]) for s, r in zip(scenes, rngs)]}
+                 "wording": [describe(s, None, *FULL[0]) for s in scenes]}
         texts = {name: torch.tensor([self.vocabulary.encode(text, self.text_len) for text in lines]) for name, lines in texts.items()}
         grid = torch.tensor([to_grid(s) for s in scenes])
         background = torch.tensor([s.background for s in scenes])

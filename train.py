@@ -86,24 +86,25 @@ class Config:
 
     batch_size: int = option(16, "images a step")
     draws: int = option(4, "how often each image of a step is noised or masked: draws share their prefix")
+    understand_batch: int = option(32, "images a step of the understanding side: stages encoder and align")
     side_batch: int = option(8, "images a step of each further term: t2t, i2t, replay")
     encoder_steps: int = option(1000, "steps of the encoder stage")
-    pretrain_steps: int = option(2400, "steps of the pretrain stage")
-    align_steps: int = option(600, "steps of the align stage")
+    pretrain_steps: int = option(3000, "steps of the pretrain stage")
+    align_steps: int = option(250, "steps of the align stage")
     reca_steps: int = option(700, "steps of the reca stage, and of sft")
     encoder_lr: float = option(2e-3, "peak learning rate of the encoder stage")
-    pretrain_lr: float = option(1.5e-3, "peak learning rate of the pretrain stage")
+    pretrain_lr: float = option(2e-3, "peak learning rate of the pretrain stage")
     align_lr: float = option(1e-3, "peak learning rate of the align stage")
-    reca_lr: float = option(6e-4, "peak learning rate of the reca stage, and of sft")
+    reca_lr: float = option(1e-3, "peak learning rate of the reca stage, and of sft")
     warmup: int = option(100, "steps of linear warm-up")
     decay: float = option(0.3, "share of a stage in which the learning rate falls linearly to zero")
     weight_decay: float = option(0.0, "decoupled weight decay")
     grad_clip: float = option(1.0, "largest norm of the gradient")
     ema: float = option(0.0, "decay of the average of weights that samples; 0: sample the raw weights")
 
-    t2t: float = option(0.3, "weight of words -> words in pretrain, sft and reca")
-    i2t: float = option(0.25, "weight of image -> words in sft and reca; the paper keeps it where weights are shared")
-    replay: float = option(0.25, "weight of the pre-training pairs in sft and reca; the paper's is 0")
+    t2t: float = option(0.1, "weight of words -> words in pretrain, sft and reca")
+    i2t: float = option(0.1, "weight of image -> words in sft and reca; the paper keeps it where weights are shared")
+    replay: float = option(0.5, "weight of the pre-training pairs in sft and reca; the paper's is 0")
     words: float = option(1.0, "weight in align of saying the canonical description, one visual word a word")
     entropy: float = option(0.0, "final weight of the visual words' entropy in align: makes them words, not mixtures")
     train_connector: bool = option(False, "let the connector learn in reca, as OpenUni's does")
@@ -119,7 +120,7 @@ class Config:
     save_every: int = option(500, "steps between states to resume from")
     keep: int = option(2, "newest states to keep")
     log_every: int = option(50, "steps between log lines")
-    eval_n: int = option(240, "prompts of each category in the report")
+    eval_n: int = option(96, "prompts of each category in the report")
 
 
 PRESETS = {
@@ -298,9 +299,9 @@ def can_compile(device: torch.device) -> bool:
 
 # The batches of a step, by role: the split that they come from, and the option that holds their size.
 BATCHES = {
-    "encoder": {"main": ("pretrain", "batch_size"), "understand": ("understand", "batch_size")},
+    "encoder": {"main": ("pretrain", "batch_size"), "understand": ("understand", "understand_batch")},
     "pretrain": {"main": ("pretrain", "batch_size"), "understand": ("understand", "side_batch")},
-    "align": {"understand": ("understand", "batch_size")},
+    "align": {"understand": ("understand", "understand_batch")},
     "sft": {"main": ("reca", "batch_size"), "understand": ("understand", "side_batch"), "replay": ("pretrain", "side_batch")},
 }
 BATCHES["reca"] = BATCHES["sft"]
@@ -310,7 +311,7 @@ NEEDS = {"pretrain": "encoder", "align": "pretrain", "sft": "align", "reca": "al
 
 # What learns, by the parts of `part_of`; the rest is frozen.
 STAGES = ["encoder", "pretrain", "align", "sft", "reca"]
-TRAINS = {"encoder": {"encoder", "tower", "connector", "tokenizer"}, "pretrain": {"transformer"}, "align": {"connector"}, "sft": {"transformer"}, "reca": {"transformer"}}
+TRAINS = {"encoder": {"encoder", "tower", "connector", "tokenizer", "transformer"}, "pretrain": {"transformer"}, "align": {"connector"}, "sft": {"transformer"}, "reca": {"transformer"}}
 
 
 def part_of(name: str) -> str:
@@ -323,7 +324,7 @@ def weights_of(stage: str, cfg: Config) -> dict[str, float]:
     """Loss terms of a stage and their weights. RecA and its control differ in the first term alone."""
     if stage == "encoder":
         scratch = float(cfg.encoder == "scratch")
-        return {"caption": scratch, "contrast": 0.25 * scratch, "words": scratch, "tokenizer": float(cfg.paradigm in ("ar", "mask"))}
+        return {"caption": scratch, "contrast": 0.25 * scratch, "words": scratch, "t2t": 1.0, "tokenizer": float(cfg.paradigm in ("ar", "mask"))}
     if stage == "align":
         return {"i2t": 1.0, "words": cfg.words, "entropy": cfg.entropy}
     first = "recon" if stage == "reca" else "t2i"
