@@ -88,7 +88,7 @@ class Config:
     draws: int = option(4, "how often each image of a step is noised or masked: draws share their prefix")
     understand_batch: int = option(32, "images a step of the understanding side: stages encoder and align")
     side_batch: int = option(8, "images a step of each further term: t2t, i2t, replay")
-    encoder_steps: int = option(1000, "steps of the encoder stage")
+    encoder_steps: int = option(800, "steps of the encoder stage")
     pretrain_steps: int = option(3000, "steps of the pretrain stage")
     align_steps: int = option(250, "steps of the align stage")
     reca_steps: int = option(700, "steps of the reca stage, and of sft")
@@ -256,7 +256,8 @@ class Policy:
             dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
         recon_loss.RANK, recon_loss.WORLD = rank, world
         auto = (torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16) if cuda else torch.float32
-        torch.set_float32_matmul_precision("high" if cuda else "medium")  # TF32; on a CPU: oneDNN, 1.8 to 2.2 times MKL's speed on an AMD EPYC
+        torch.set_float32_matmul_precision("high" if cuda else "medium")  # TF32; on a CPU: oneDNN in place of MKL, and with
+        torch.backends.cuda.enable_flash_sdp(cuda)                        # attention by plain products, a step in 0.70 of the time
         wanted = cuda if cfg.compile == "auto" else cfg.compile == "on"
         return cls(device, auto if cfg.dtype == "auto" else getattr(torch, cfg.dtype), wanted and can_compile(device), rank, world)
 
