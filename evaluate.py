@@ -154,7 +154,7 @@ def photographs(loaded, dataset, n: int = 240, seed: int = 0) -> dict:
     noise = lambda: torch.Generator().manual_seed(seed)
     again = reconstruct(model, encoder, images, generator=noise()).cpu()
     drawn = sample_image(model, model.text_prefix(words), noise()).cpu()
-    real, fake, told = (torch.cat([pooled(encoder(part.to(model.device))) for part in x.split(64)]).cpu() for x in (images, again, drawn))
+    real, fake, told = (torch.cat([pooled(encoder(model.for_encoder(part.to(model.device)))) for part in x.split(64)]).cpu() for x in (images, again, drawn))
     mse = (again - images).square().flatten(1).mean(1)
     cosine = torch.nn.functional.cosine_similarity
     return {"psnr": (-10 * mse.log10()).mean().item(), "cosine": cosine(real, fake).mean().item(), "t2i_cosine": cosine(real, told).mean().item(),

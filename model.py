@@ -48,6 +48,7 @@ class ModelConfig:
     depth: int = 6
     heads: int = 4
     encoder_width: int = 128      # width of the understanding encoder's patch tokens
+    encoder_size: int = 0         # pixels of a side at which the encoder sees the images; 0: as they are
     connector_depth: int = 3
     paradigm: str = "flow"        # a key of IMAGES
     draws: int = 1                # in training, how often each image is noised or masked behind its prefix
@@ -370,6 +371,11 @@ class UnifiedModel(nn.Module):
     def text_prefix(self, ids):
         """Words (B, T) -> prefix (B, T, D)."""
         return self.wte(ids)
+
+    def for_encoder(self, images):
+        """Images (B, 3, H, W) at the size that the encoder is to see them in: small photographs are enlarged, in [0, 1]."""
+        size = self.cfg.encoder_size
+        return F.interpolate(images, (size, size), mode="bilinear", antialias=True) if size else images
 
     def visual_words(self, patch_tokens):
         """Encoder patch tokens (B, tokens, D_enc) -> probabilities (B, K, V): each visual word is a mixture of words."""

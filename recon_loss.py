@@ -194,7 +194,7 @@ def text_loss(model, prefix, target):
 def see(model, encoder, images):
     """Images (B, 3, H, W) -> their visual words (B, K, V). The encoder is frozen, always."""
     with torch.no_grad():
-        features = encoder(images).patch_tokens                                  # (B, tokens, D_enc)
+        features = encoder(model.for_encoder(images)).patch_tokens               # (B, tokens, D_enc)
     return model.visual_words(features)
 
 

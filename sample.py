@@ -216,7 +216,7 @@ def text_to_image(model, vocabulary, prompts, generator=None, progress=False, **
 @torch.no_grad()
 def see_words(model, encoder, images):
     """Images (B, 3, H, W) in [0, 1] -> visual words (B, K, V)."""
-    return torch.cat([model.visual_words(encoder(chunk.to(model.device)).patch_tokens) for chunk in images.split(MAX_BATCH)])
+    return torch.cat([model.visual_words(encoder(model.for_encoder(chunk.to(model.device))).patch_tokens) for chunk in images.split(MAX_BATCH)])
 
 
 def reconstruct(model, encoder, images, generator=None, progress=False, **options):

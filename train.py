@@ -69,6 +69,7 @@ class Config:
     stage: str = option("all", "one stage, or all of them", ["all", "encoder", "pretrain", "align", "sft", "reca"])
     paradigm: str = option("flow", "how images are generated", ["flow", "ar", "mask", "mar"])
     encoder: str = option("scratch", "understanding encoder: scratch, a public name (clip-b16, ...), or a path")
+    encoder_size: int = option(0, "pixels of a side at which the encoder sees the images; 0: as they are")
     captions: str = option("sparse", "captions that the sft stage trains on", ["sparse", "dense"])
     out_dir: str = option("out", "where checkpoints, logs, tables and pictures go")
     init_from: str = option("", "checkpoint of an earlier stage to start from")
@@ -350,7 +351,7 @@ class Run:
         width = encoder.cfg.width
         model = UnifiedModel(ModelConfig(
             paradigm=cfg.paradigm, vocab_size=len(self.vocabulary), text_len=cfg.text_len, image_size=cfg.image_size, patch_size=cfg.patch_size,
-            width=cfg.width, depth=cfg.depth, heads=cfg.heads, encoder_width=width, draws=cfg.draws, noise_scale=cfg.patch_size / 8))
+            width=cfg.width, depth=cfg.depth, heads=cfg.heads, encoder_width=width, draws=cfg.draws, encoder_size=cfg.encoder_size, noise_scale=cfg.patch_size / 8))
         tower = CaptionTower(len(self.vocabulary), cfg.text_len, 128, width)
         self.parts = nn.ModuleDict({"encoder": encoder, "tower": tower, "model": model}).to(policy.device)
         self.encoder, self.tower, self.model = encoder, tower, model
