@@ -247,7 +247,7 @@ def total_loss(model, encoder, batch, weights, progress=0.0, tower=None, caption
     weights   {term: weight}, terms: t2i recon replay i2t words entropy t2t caption contrast tokenizer
     progress  0 -> 1 over the stage (a tensor, under compile): the weight of `entropy` rises with it
     captions  what t2i reads: "caption" (sparse) or "full" (dense)
-    Returns (scalar, {term: detached scalar}). RecA itself is {"recon": 1}: it reads batch["main"]["image"] alone.
+    Returns (scalar, {term: scalar}). RecA itself is {"recon": 1}: it reads batch["main"]["image"] alone.
     """
     known = ("t2i", "recon", "replay", "i2t", "words", "entropy", "t2t", "caption", "contrast", "tokenizer")
     assert not weights.keys() - set(known), f"unknown terms {sorted(weights.keys() - set(known))}; known: {known}"
@@ -281,4 +281,4 @@ def total_loss(model, encoder, batch, weights, progress=0.0, tower=None, caption
     if "tokenizer" in on:
         parts["tokenizer"] = tokenizer_loss(model, main["image"])
     loss = sum(weights[term] * (progress if term == "entropy" else 1) * part for term, part in parts.items())
-    return loss, {term: part.detach() for term, part in parts.items()}
+    return loss, parts  # detached by the caller: of a loss that is its only term, torch.compile would detach both

@@ -183,8 +183,8 @@ def check(cfg: Config) -> None:
             if not right(getattr(cfg, name)):
                 fail(f"--{name} is {getattr(cfg, name)}, it must be {what}")
 
-    each("image_size patch_size width depth heads batch_size draws side_batch accumulate keep log_every save_every eval_n", lambda n: n >= 1, "at least 1")
-    each("encoder_steps pretrain_steps align_steps reca_steps warmup", lambda n: n >= 0, "at least 0")
+    each("image_size patch_size width depth heads batch_size draws understand_batch side_batch accumulate keep log_every save_every eval_n", lambda n: n >= 1, "at least 1")
+    each("encoder_steps pretrain_steps align_steps reca_steps warmup encoder_size", lambda n: n >= 0, "at least 0")
     each("encoder_lr pretrain_lr align_lr reca_lr grad_clip", lambda x: 0 < x < math.inf, "a positive number")
     each("t2t i2t replay words entropy weight_decay", lambda x: 0 <= x < math.inf, "a number, at least 0")
     each("decay", lambda x: 0 <= x <= 1, "in [0, 1]")
@@ -206,8 +206,6 @@ def check(cfg: Config) -> None:
         fail(f"--data_dir {cfg.data_dir} is no folder")
     if cfg.dataset != "shapes" and cfg.encoder == "scratch":
         fail(f"--dataset {cfg.dataset} needs public weights (--encoder clip-b16, or a path): the scratch encoder learns from the shapes' exact captions")
-    if cfg.stage == "encoder" and not any(weights_of("encoder", cfg).values()):
-        fail(f"--stage encoder has nothing to train: {cfg.encoder} is public, and --paradigm {cfg.paradigm} needs no tokenizer")
     if cfg.stage in NEEDS and not (cfg.init_from or cfg.resume) and (cfg.stage != "pretrain" or cfg.paradigm in ("ar", "mask")):
         fail(f"--stage {cfg.stage} starts from an earlier stage: give --init_from, a checkpoint of stage {NEEDS[cfg.stage]}")
     try:
@@ -219,7 +217,7 @@ def check(cfg: Config) -> None:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         fail(f"--device {cfg.device}: this machine has {torch.cuda.device_count() or 'no'} CUDA devices that torch can use")
     world = int(os.environ.get("WORLD_SIZE", 1))
-    each("batch_size side_batch", lambda n: n % (world * cfg.accumulate) == 0, f"a multiple of {world} processes x --accumulate {cfg.accumulate}")
+    each("batch_size understand_batch side_batch", lambda n: n % (world * cfg.accumulate) == 0, f"a multiple of {world} processes x --accumulate {cfg.accumulate}")
     if cfg.shard and (world == 1 or cfg.stage == "all"):
         fail("--shard needs several processes (torchrun --nproc_per_node N train.py ...) and one stage at a time (--stage ...)")
     try:
@@ -383,19 +381,22 @@ class Run:
     def load(self, path, stage: str) -> None:
         """Takes over the weights of a checkpoint of the same sizes and words, to begin `stage`; anything else is a user's mistake."""
         saved = read_checkpoint(path)
-        mine, theirs = asdict(self.model.cfg), saved["model_config"]
-        differ = [f"{k} is {theirs.get(k)} there and {mine[k]} here" for k in mine if theirs.get(k) != mine[k]]
-        if saved["vocabulary"] != self.vocabulary.words:
-            differ.append("it was trained on other words")
-        if saved["encoder"]["name"] != self.cfg.encoder:
-            differ.append(f"encoder is {saved['encoder']['name']} there and {self.cfg.encoder} here")
-        if differ:
-            fail(f"the checkpoint {path} is of another configuration: {'; '.join(differ)}")
-        if stage in NEEDS and STAGES.index(saved["stage"]) < STAGES.index(NEEDS[stage]):
-            fail(f"the checkpoint {path} is of stage {saved['stage']}, and --stage {stage} starts from {NEEDS[stage]}: train that stage first")
-        self.model.load_state_dict(saved["ema"] or saved["model"])
-        if saved["encoder"]["state"] is not None:
-            self.encoder.load_state_dict(saved["encoder"]["state"])
+        try:
+            mine, theirs = asdict(self.model.cfg), saved["model_config"] | {"draws": self.model.cfg.draws}
+            differ = [f"{k} is {theirs.get(k)} there and {mine[k]} here" for k in mine if theirs.get(k) != mine[k]]
+            if saved["vocabulary"] != self.vocabulary.words:
+                differ.append("it was trained on other words")
+            if saved["encoder"]["name"] != self.cfg.encoder:
+                differ.append(f"encoder is {saved['encoder']['name']} there and {self.cfg.encoder} here")
+            if differ:
+                fail(f"the checkpoint {path} is of another configuration: {'; '.join(differ)}")
+            if stage in NEEDS and STAGES.index(saved["stage"]) < STAGES.index(NEEDS[stage]):
+                fail(f"the checkpoint {path} is of stage {saved['stage']}, and --stage {stage} starts from {NEEDS[stage]}: train that stage first")
+            self.model.load_state_dict(saved["ema"] or saved["model"])
+            if saved["encoder"]["state"] is not None:
+                self.encoder.load_state_dict(saved["encoder"]["state"])
+        except (KeyError, TypeError, RuntimeError) as error:
+            fail(f"the checkpoint {path} does not fit this code ({' '.join(str(error).split()):.120}): train it again")
 
     def save_state(self, stage: str, step: int, optimizers, scaler, history: list) -> None:
         """All that --resume needs to go on to the bit. (Python's and NumPy's generators are not used; a batch depends on seed and step alone.)"""
@@ -531,7 +532,7 @@ def update(core, batch: dict, progress, optimizers: list, scaler, policy: Policy
             loss, parts = core(part_of_batch(batch, i, cfg.accumulate), progress)
         scaler.scale(loss / cfg.accumulate).backward()
         for term, value in parts.items():
-            sums[term] = sums.get(term, 0) + value.float() / cfg.accumulate
+            sums[term] = sums.get(term, 0) + value.detach().float() / cfg.accumulate
     for optimizer in optimizers:
         scaler.unscale_(optimizer)
     learning = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
