@@ -113,14 +113,19 @@ def mar_loss(model, prefix, images):
     The masked share is normal(1, 0.25) cut to [0.7, 1], as there. Each state serves MLP_REPEATS times: times and noise are cheap.
     """
     x = patchify(images, model.cfg.patch_size)                                   # (B, N, P)
-    ratio = torch.empty(len(x) * WORLD, 1, device=x.device)
-    ratio = mine(torch.nn.init.trunc_normal_(ratio, *MASK_RATIO))                # (B, 1)
+    ratio = cut_normal(mine(torch.rand(len(x) * WORLD, 1, device=x.device)), *MASK_RATIO)  # (B, 1)
     masked = random_mask(x.shape[1], ratio)                                      # (B, N)
     h = model.predict_image(prefix, x, masked)                                   # (B, N, D)
     x, h, masked = (y.repeat(MLP_REPEATS, *[1] * (y.ndim - 1)) for y in (x, h, masked))
     x_t, t = noised(x, True, model.cfg.noise_scale)
     x_pred = model.image.flow_mlp(x_t, t[..., 0], h)                             # (4 B, N, P)
     return mean_where(masked, velocity_error(x_pred, x, t).mean(-1))
+
+
+def cut_normal(u, mean, std, least, most):
+    """Uniform u in (0, 1) -> normal(mean, std) cut to [least, most], by the inverse of its distribution."""
+    low, high = (0.5 + 0.5 * math.erf((end - mean) / std / 2 ** 0.5) for end in (least, most))
+    return mean + std * torch.special.ndtri(low + (high - low) * u)
 
 
 def random_mask(N, ratio):
@@ -159,23 +164,23 @@ def t2i_loss(model, caption, images):
     return image_loss(model, model.text_prefix(caption), images)
 
 
-def recon_loss(model, encoder, images, train_connector=False):
+def recon_loss(model, encoder, images, train_connector=False, features=None):
     """RecA, arXiv 2509.07295: -log p(image | what the understanding encoder sees of it). images (B, 3, H, W) -> scalar.
 
     Nothing on the condition's side gets a gradient: not the encoder, not the connector, not through it the word embeddings,
     lest words drift to new meanings. `train_connector` lets the last two learn (photographs, where captions taught too little).
     """
     with torch.set_grad_enabled(train_connector and torch.is_grad_enabled()):
-        prefix = model.visual_prefix(see(model, encoder, images))                # (B, T, D)
+        prefix = model.visual_prefix(see(model, encoder, images, features))      # (B, T, D)
     return image_loss(model, prefix, images)
 
 
-def i2t_loss(model, encoder, images, caption):
+def i2t_loss(model, encoder, images, caption, features=None):
     """-log p(caption | visual words): understanding. images (B, 3, H, W), caption (B, T) -> scalar, visual words (B, K, V).
 
     Trains the connector where that is not frozen, as it is in all of RecA.
     """
-    words = see(model, encoder, images)                                          # (B, K, V)
+    words = see(model, encoder, images, features)                                # (B, K, V)
     return text_loss(model, model.visual_prefix(words), caption), words
 
 
@@ -191,10 +196,10 @@ def text_loss(model, prefix, target):
     return mean_where(words != PAD, F.cross_entropy(logits.transpose(1, 2).float(), words, reduction="none"))
 
 
-def see(model, encoder, images):
-    """Images (B, 3, H, W) -> their visual words (B, K, V). The encoder is frozen, always."""
-    with torch.no_grad():
-        features = encoder(model.for_encoder(images)).patch_tokens               # (B, tokens, D_enc)
+def see(model, encoder, images, features=None):
+    """Images (B, 3, H, W), or their features where they were computed before -> visual words (B, K, V). The encoder is frozen, always."""
+    with torch.no_grad():                                                        # (B, tokens, D_enc)
+        features = encoder(model.for_encoder(images)).patch_tokens if features is None else features.to(images.dtype)
     return model.visual_words(features)
 
 
@@ -259,11 +264,11 @@ def total_loss(model, encoder, batch, weights, progress=0.0, tower=None, caption
     if "t2i" in on:
         parts["t2i"] = t2i_loss(model, main[captions], main["image"])
     if "recon" in on:
-        parts["recon"] = recon_loss(model, encoder, main["image"], train_connector)
+        parts["recon"] = recon_loss(model, encoder, main["image"], train_connector, main.get("features"))
     if "replay" in on:
         parts["replay"] = t2i_loss(model, replay["caption"], replay["image"])
     if "i2t" in on:
-        parts["i2t"], words = i2t_loss(model, encoder, understand["image"], understand["wording"])
+        parts["i2t"], words = i2t_loss(model, encoder, understand["image"], understand["wording"], understand.get("features"))
     if "t2t" in on:
         parts["t2t"] = t2t_loss(model, understand["full"], understand["wording"])
     if on & {"caption", "contrast"}:

@@ -130,6 +130,14 @@ def test_mar_loss_counts_masked_patches_only_and_hides_them():
     assert (hidden == hidden[0, 0]).all(), "a masked patch is not seen"
 
 
+def test_cut_normal_is_torchs():
+    torch.manual_seed(0)
+    for cut in (R.MASK_RATIO, (0.2, 0.5, -1.0, 0.6)):
+        ours, theirs = R.cut_normal(torch.rand(40_000), *cut), torch.nn.init.trunc_normal_(torch.empty(40_000), *cut)
+        q = torch.linspace(0, 1, 11)
+        torch.testing.assert_close(ours.quantile(q), theirs.quantile(q), atol=0.02, rtol=0)
+
+
 def test_random_mask_hides_exactly_its_share_everywhere_alike():
     torch.manual_seed(0)
     ratio = torch.tensor([[0.01], [0.34], [1.0]]).repeat(1000, 1)
