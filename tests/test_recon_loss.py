@@ -154,7 +154,7 @@ def test_recon_is_t2i_with_another_prefix(monkeypatch):
     """The heart of it: were the visual words the caption, RecA's loss would be text-to-image's, to the bit."""
     for paradigm in IMAGES:
         model, pictures, ids = small(paradigm), images(), captions()
-        monkeypatch.setattr(R, "see", lambda model, encoder, images: F.one_hot(ids[:, 1:], V).float())
+        monkeypatch.setattr(R, "see", lambda *args: F.one_hot(ids[:, 1:], V).float())
         torch.manual_seed(1)
         recon = R.recon_loss(model, None, pictures)
         torch.manual_seed(1)
@@ -242,15 +242,15 @@ def test_total_loss_weighs_its_terms_and_computes_no_other():
     understand = {"image": images(), "full": captions(), "wording": captions(), "canonical": captions()}
     torch.manual_seed(0)
     loss, parts = R.total_loss(model, encoder, {"understand": understand}, {"i2t": 0.5, "t2t": 2.0, "entropy": 3.0, "recon": 0.0}, progress=torch.tensor(0.25))
-    assert list(parts) == ["i2t", "t2t", "entropy"] and not any(p.requires_grad for p in parts.values())
-    torch.testing.assert_close(loss.detach(), 0.5 * parts["i2t"] + 2 * parts["t2t"] + 3 * 0.25 * parts["entropy"])
-    torch.testing.assert_close(parts["t2t"], R.t2t_loss(model, understand["full"], understand["wording"]).detach())
+    assert list(parts) == ["i2t", "t2t", "entropy"]
+    torch.testing.assert_close(loss, 0.5 * parts["i2t"] + 2 * parts["t2t"] + 3 * 0.25 * parts["entropy"])
+    torch.testing.assert_close(parts["t2t"], R.t2t_loss(model, understand["full"], understand["wording"]))
     batch = {"main": {"image": images(), "caption": captions(), "full": captions()}}
     for key in ("caption", "full"):
         torch.manual_seed(0)
         part = R.total_loss(model, None, batch, {"t2i": 1.0}, captions=key)[1]["t2i"]
         torch.manual_seed(0)
-        torch.testing.assert_close(part, R.t2i_loss(model, batch["main"][key], batch["main"]["image"]).detach())
+        torch.testing.assert_close(part, R.t2i_loss(model, batch["main"][key], batch["main"]["image"]))
     with pytest.raises(AssertionError, match="recno"):
         R.total_loss(model, encoder, batch, {"recno": 1.0})
     with pytest.raises(AssertionError, match="positive"):
