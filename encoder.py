@@ -205,7 +205,8 @@ class ViT(nn.Module):
 
     def init_weights(self) -> None:
         """The only place that initialises. Whatever adds to the residual stream starts at 0.02 / sqrt(2 * depth) (GPT-2), so that
-        the stream's variance does not grow with depth; every other weight at 0.02, truncated at two deviations."""
+        the stream's variance does not grow with depth; every other weight at 0.02, truncated at two deviations, but
+        positions at 0.5: at 0.02 they drown in the patches, and which object stands where is learnt late."""
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):
                 nn.init.zeros_(parameter)
@@ -213,7 +214,7 @@ class ViT(nn.Module):
                 nn.init.ones_(parameter)
             else:
                 adds = re.fullmatch(r"blocks\.\d+\.(attn\.proj|mlp\.fc2)\.weight", name)
-                std = 0.02 / math.sqrt(2 * self.cfg.depth) if adds else 0.02
+                std = 0.02 / math.sqrt(2 * self.cfg.depth) if adds else 0.5 if name == "pos_embed" else 0.02
                 nn.init.trunc_normal_(parameter, std=std, a=-2 * std, b=2 * std)
 
     def position_embeddings(self, rows: int, cols: int) -> Tensor:

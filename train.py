@@ -33,6 +33,7 @@ import zipfile
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -48,7 +49,7 @@ from tqdm import tqdm
 
 import evaluate
 import recon_loss
-from data import SPECIALS, TEXT_LEN, Vocabulary, batches, make_dataset
+from data import SPECIALS, TEXT_LEN, Vocabulary, batches, cache_features, encoder_identity, make_dataset
 from encoder import ViT, ViTConfig, load_encoder, scratch_config
 from model import CaptionTower, ModelConfig, UnifiedModel
 from recon_loss import total_loss
@@ -89,7 +90,7 @@ class Config:
     draws: int = option(4, "how often each image of a step is noised or masked: draws share their prefix")
     understand_batch: int = option(32, "images a step of the understanding side: stages encoder and align")
     side_batch: int = option(8, "images a step of each further term: t2t, i2t, replay")
-    encoder_steps: int = option(800, "steps of the encoder stage")
+    encoder_steps: int = option(1000, "steps of the encoder stage")
     pretrain_steps: int = option(3000, "steps of the pretrain stage")
     align_steps: int = option(250, "steps of the align stage")
     reca_steps: int = option(700, "steps of the reca stage, and of sft")
@@ -117,7 +118,8 @@ class Config:
     checkpoint_activations: bool = option(False, "compute the blocks' activations again in the backward pass, to save memory")
     shard: bool = option(False, "under torchrun, one stage at a time: each process holds a share of the weights (FSDP2)")
     workers: int = option(-1, "loader processes; -1: none for shapes, else one a core")
-    cache_dir: str = option("", "where the index of an image folder is kept; default: ~/.cache/reca")
+    cache_dir: str = option("", "where the index of an image folder is kept, and cached features; default: ~/.cache/reca")
+    cache_features: bool = option(False, "compute what the encoder sees of each image once, and keep it on disk: for stages of several epochs; images are not flipped")
     save_every: int = option(500, "steps between states to resume from")
     keep: int = option(2, "newest states to keep")
     log_every: int = option(50, "steps between log lines")
@@ -364,6 +366,16 @@ class Run:
         cfg = self.cfg
         return make_dataset(cfg.dataset, split, cfg.data_dir, cfg.image_size, cfg.seed, self.vocabulary, cfg.text_len, cache_dir=cfg.cache_dir)
 
+    def cached(self, split: str):
+        """The same with the features of the frozen encoder. The processes of one machine share the work."""
+        def encode(images):
+            with torch.no_grad(), self.policy.autocast():
+                return self.encoder(self.model.for_encoder(images.to(self.policy.device))).patch_tokens
+
+        identity = chain([f"seen at {self.cfg.encoder_size}".encode()], encoder_identity(self.encoder))
+        rank, world = (int(os.environ.get(name, default)) for name, default in (("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)))
+        return cache_features(self.dataset(split), encode, identity, self.cfg.cache_dir, self.workers, rank, world)
+
     def parameters_of(self, stage: str) -> dict[str, nn.Parameter]:
         """Freezes all but what the stage trains, and returns that by name."""
         learns = TRAINS[stage] | ({"connector"} if stage == "reca" and self.cfg.train_connector else set())
@@ -608,7 +620,8 @@ def train_stage(run: Run, stage: str, interrupt: Interrupt, saved: dict | None =
     steps, peak = getattr(cfg, f"{name}_steps"), getattr(cfg, f"{name}_lr")
     weights = {term: w for term, w in weights_of(stage, cfg).items() if w > 0}
     seed, start = cfg.seed * 1000 + STAGES.index(name) * 10, saved["step"] if saved else 0
-    streams = {role: batches(run.dataset(split), getattr(cfg, size), seed + i, start, run.workers, str(run.out / "bad_images.txt"), policy.rank, policy.world)
+    cached = ("main", "understand") if cfg.cache_features and stage in ("align", "sft", "reca") else ()  # sft: the same images as reca
+    streams = {role: batches(run.cached(split) if role in cached else run.dataset(split), getattr(cfg, size), seed + i, start, run.workers, str(run.out / "bad_images.txt"), policy.rank, policy.world)
                for i, (role, (split, size)) in enumerate(BATCHES[stage].items())}
     if not run.parameters_of(stage) or not weights:
         return  # public weights, no tokenizer: nothing to train
