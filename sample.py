@@ -108,8 +108,8 @@ def sample_mar(model, prefix, how, generator):
 # What each paradigm draws with, and how unless told otherwise
 IMAGE_SAMPLER = {
     "flow": (sample_flow, Sampling(cfg_scale=2.0, steps=50, renew=1.0)),
-    "ar": (sample_ar, Sampling(cfg_scale=1.5, temperature=0.7)),
-    "mask": (sample_mask, Sampling(cfg_scale=2.0, steps=12)),
+    "ar": (sample_ar, Sampling(cfg_scale=1.5, temperature=0.5)),
+    "mask": (sample_mask, Sampling(cfg_scale=2.0, steps=18, temperature=0.7)),
     "mar": (sample_mar, Sampling(cfg_scale=2.5, steps=9)),
 }
 
