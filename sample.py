@@ -138,7 +138,7 @@ def masked_left(N, steps):
     left, k = N, 0
     while left:
         k += 1
-        left = max(0, min(left - 1, int(N * math.cos(math.pi / 2 * k / steps)))) if k < steps else 0
+        left = max(0, min(left - 1, int(N * math.cos(math.pi / 2 * k / steps))))
         yield left
 
 
