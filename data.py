@@ -20,6 +20,7 @@ Every data set here answers one question, `__getitems__([(epoch, index), ...])`,
     full      (B, T) long   a full description            what the understanding side reads
     wording   (B, T) long   the same in another wording   what the model is taught to say; shapes: by relations, in a fixed order
     canonical (B, T) long   the same in a fixed wording and order, with all that fits: what the visual words learn to say
+    features  (B, tokens, D_enc) float16   what the encoder says of `image`, where that was computed before (`cache_features`)
 
 # B batch, T words, H W pixels. One cell of a scene is 0 when empty, else 1 + shape * len(COLORS) + color.
 """
@@ -33,6 +34,7 @@ import math
 import os
 import random
 import re
+import shutil
 import signal
 import time
 import warnings
@@ -44,6 +46,7 @@ import torch
 from einops import rearrange
 from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset, get_worker_info
+from tqdm import tqdm
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Words
@@ -332,6 +335,10 @@ class Shapes(Dataset):
     def __len__(self) -> int:
         return self.size
 
+    def identity(self):
+        """What the images depend on, piece by piece (bytes)."""
+        yield repr((self.split, self.seed, self.size, self.atlas.shape)).encode()
+
     def scene(self, index: int) -> Scene:
         return random_scene(random.Random(f"{self.seed} {self.split} {index}"), biased=self.split == "pretrain")
 
@@ -378,6 +385,10 @@ class Strings:
         return self.block[self.ends[i]: self.ends[i + 1]].decode("utf-8", "surrogatepass")
 
 
+def cache_folder(cache_dir: str) -> str:
+    return cache_dir or os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "reca")
+
+
 def list_files(root: str, cache_dir: str = "") -> list[str]:
     """Relative paths of all images and metadata files below root, sorted; dot files are left out, links followed.
 
@@ -385,8 +396,7 @@ def list_files(root: str, cache_dir: str = "") -> list[str]:
     moved: adding, removing or renaming a file moves its folder's. A damaged index is made again.
     Raises ValueError where a folder cannot be listed.
     """
-    cache_dir = cache_dir or os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "reca")
-    root = os.path.abspath(root)
+    cache_dir, root = cache_folder(cache_dir), os.path.abspath(root)
     index = os.path.join(cache_dir, f"index_{hashlib.sha256(root.encode('utf-8', 'surrogatepass')).hexdigest()[:16]}.json")
     try:
         with open(index, "rb") as file:
@@ -487,11 +497,20 @@ class Photos(Dataset):
         self.texts = Strings("\n".join(lines) for lines in texts)
         self.vocabulary = vocabulary or Vocabulary.from_captions((line for lines in texts for line in lines), min_count)
         self.text_len = text_len or min(32, 2 + max(len(split_words(line)) for lines in texts for line in lines))
+        self.flip = split != "test"
         self.bad: dict[int, str] = {}
         self.picture(0, [])  # that no image can be read is said here, before any long work
 
     def __len__(self) -> int:
         return len(self.kinds)
+
+    def identity(self):
+        """What the images depend on, piece by piece (bytes): any file that is added, removed, renamed or written moves a time stamp."""
+        yield repr((self.image_size, len(self))).encode()
+        for name in self.files:
+            path = os.path.join(self.root, name)
+            stat = os.stat(path) if os.path.exists(path) else None  # a broken link is a bad image
+            yield repr((name, stat and (stat.st_size, *_stamp(stat)))).encode("utf-8", "surrogatepass")
 
     def read(self, index: int) -> Image.Image:
         return decode(os.path.join(self.root, self.files[index]), self.image_size)
@@ -516,7 +535,7 @@ class Photos(Dataset):
         for key in keys:
             index, image = self.picture(key[1], skipped)
             rng = random.Random(f"{self.seed} {self.split} {key}")
-            flip = self.split != "test" and rng.random() < 0.5
+            flip = self.flip and rng.random() < 0.5
             images.append(image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else image)
             lines = self.texts[self.kinds[index]].split("\n")
             for name, text in zip(said, lines[:1] * 2 + (rng.sample(lines, 2) if len(lines) > 1 else lines * 2)):
@@ -531,6 +550,10 @@ class Cifar(Photos):
     def __init__(self, arrays, *args, **kwargs):
         self.arrays = arrays
         super().__init__("CIFAR-10", Strings(map(str, range(len(arrays)))), *args, **kwargs)
+
+    def identity(self):
+        yield repr(self.image_size).encode()
+        yield self.arrays.tobytes()
 
     def read(self, index: int) -> Image.Image:
         return fit(Image.fromarray(self.arrays[index]), self.image_size)
@@ -736,3 +759,92 @@ def _as_is(batch):
     low, high = image.aminmax()
     assert image.dtype == torch.float32 and 0 <= low and high <= 1, f"images must be float32 in [0, 1], got {image.dtype} in [{low}, {high}]"
     return batch
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Features of the frozen encoder, computed once
+
+BLOCK = 128            # images that are encoded, and marked as done, at once
+SAME_FEATURES = 0.03   # relative error up to which features are the same ones: bfloat16 against float32 leaves 0.01
+
+
+class Cached(Dataset):
+    """A data set whose batches also hold `features`, from a file of (images, tokens, D_enc) float16 that `cache_features` wrote.
+
+    Each batch maps the file anew: that costs microseconds, and leaves nothing to be sent to the loader's processes.
+    """
+
+    def __init__(self, dataset: Dataset, path: str, shape: tuple[int, int, int]):
+        self.dataset, self.path, self.shape = dataset, path, shape
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def features(self, indices: list[int]) -> torch.Tensor:
+        return torch.from_file(self.path, True, math.prod(self.shape), dtype=torch.float16).view(self.shape)[indices]
+
+    def __getitems__(self, keys: list[tuple[int, int]]) -> dict:
+        return self.dataset.__getitems__(keys) | {"features": self.features([index for _, index in keys])}
+
+
+def to_bytes(x: torch.Tensor) -> bytearray:
+    data = bytearray(x.numel() * x.element_size())
+    if data:  # frombuffer refuses to be of nothing
+        torch.frombuffer(data, dtype=x.dtype).copy_(x.flatten())
+    return data
+
+
+def encoder_identity(encoder: torch.nn.Module, size: int):
+    """What features depend on besides the images, piece by piece (bytes): the encoder's configuration, every weight, and the size it sees."""
+    yield repr((encoder.cfg, size)).encode()
+    for name, x in encoder.state_dict().items():
+        yield repr((name, x.dtype, x.shape)).encode()
+        yield to_bytes(x)
+
+
+def cache_features(dataset: Dataset, encode, identity, cache_dir: str = "", workers: int = 0, rank: int = 0, world: int = 1) -> Cached:
+    """The data set with its features; those not in the cache yet are computed: encode(images (B, 3, H, W)) -> (B, tokens, D_enc).
+
+    Images are not flipped any more: the file would be twice as large. Its name is a hash of all that features depend on,
+    `identity` (pieces, bytes) being the encoder's part. A stopped computation goes on where it was: at the file's end is a
+    byte for each block of images, set once the block is on the disk. Of several processes each computes its share.
+    Raises ValueError with a sentence for the user.
+    """
+    dataset.flip = False
+    few = list(range(min(8, BLOCK, len(dataset))))
+    expected = encode(dataset.__getitems__([(0, i) for i in few])["image"]).cpu().half()
+    shape = (len(dataset), *expected.shape[1:])                                  # (images, tokens, D_enc)
+    key = hashlib.sha256(repr(shape).encode())
+    for piece in itertools.chain(identity, dataset.identity()):
+        key.update(hashlib.sha256(piece).digest())
+    folder = cache_folder(cache_dir)
+    os.makedirs(folder, exist_ok=True)
+    cached = Cached(dataset, os.path.join(folder, f"features_{key.hexdigest()[:32]}"), shape)
+    row, blocks = 2 * math.prod(shape[1:]), math.ceil(len(dataset) / BLOCK)      # bytes of an image, marks
+    end = row * len(dataset)
+    open(cached.path, "ab").close()  # made where it is not there
+    with open(cached.path, "r+b") as file:
+        file.truncate(end + blocks)
+        done = os.pread(file.fileno(), blocks, end)
+        need, free = row * BLOCK * done.count(0), shutil.disk_usage(folder).free
+        if need > free:
+            raise ValueError(f"--cache_features needs {need / 1e9:.3g} GB in {folder}, where {free / 1e9:.3g} GB are free: "
+                             f"give --cache_dir another place, or leave --cache_features out")
+        if done[0] and not (cached.features(few) - expected).float().norm() < SAME_FEATURES * expected.float().norm():
+            raise ValueError(f"the features in {cached.path} are not those that this code computes: remove that file")
+        todo = [block for block in range(rank, blocks, world) if not done[block]]
+        keys = ([(0, i) for i in range(block * BLOCK, min(block * BLOCK + BLOCK, len(dataset)))] for block in todo)
+        loader = DataLoader(dataset, batch_sampler=keys, num_workers=workers, collate_fn=_as_is, worker_init_fn=_leave_ctrl_c, generator=torch.Generator())
+        for block, batch in zip(todo, tqdm(loader, "features", len(todo), unit="block", leave=False, disable=rank > 0 or not todo or None)):
+            features = encode(batch["image"]).cpu().half()                       # (BLOCK, tokens, D_enc)
+            if not features.isfinite().all():
+                raise ValueError("--cache_features: features of this encoder are beyond float16's 65504: leave it out")
+            file.seek(block * BLOCK * row)
+            file.write(to_bytes(features))
+            file.flush()
+            os.fsync(file.fileno())  # first the features, then their mark
+            os.pwrite(file.fileno(), b"\1", end + block)
+            os.fsync(file.fileno())
+        while 0 in os.pread(file.fileno(), blocks, end):
+            time.sleep(0.1)  # for the shares of the other processes
+    return cached

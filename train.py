@@ -33,7 +33,6 @@ import zipfile
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
-from itertools import chain
 from pathlib import Path
 
 import torch
@@ -372,7 +371,7 @@ class Run:
             with torch.no_grad(), self.policy.autocast():
                 return self.encoder(self.model.for_encoder(images.to(self.policy.device))).patch_tokens
 
-        identity = chain([f"seen at {self.cfg.encoder_size}".encode()], encoder_identity(self.encoder))
+        identity = encoder_identity(self.encoder, self.cfg.encoder_size)
         rank, world = (int(os.environ.get(name, default)) for name, default in (("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)))
         return cache_features(self.dataset(split), encode, identity, self.cfg.cache_dir, self.workers, rank, world)
 
@@ -620,9 +619,10 @@ def train_stage(run: Run, stage: str, interrupt: Interrupt, saved: dict | None =
     steps, peak = getattr(cfg, f"{name}_steps"), getattr(cfg, f"{name}_lr")
     weights = {term: w for term, w in weights_of(stage, cfg).items() if w > 0}
     seed, start = cfg.seed * 1000 + STAGES.index(name) * 10, saved["step"] if saved else 0
-    cached = ("main", "understand") if cfg.cache_features and stage in ("align", "sft", "reca") else ()  # sft: the same images as reca
-    streams = {role: batches(run.cached(split) if role in cached else run.dataset(split), getattr(cfg, size), seed + i, start, run.workers, str(run.out / "bad_images.txt"), policy.rank, policy.world)
-               for i, (role, (split, size)) in enumerate(BATCHES[stage].items())}
+    seen = ("main", "understand") if cfg.cache_features and stage in ("align", "sft", "reca") else ()  # in sft: to see the very same images
+    datasets = {role: run.cached(split) if role in seen else run.dataset(split) for role, (split, _) in BATCHES[stage].items()}
+    streams = {role: batches(datasets[role], getattr(cfg, size), seed + i, start, run.workers, str(run.out / "bad_images.txt"), policy.rank, policy.world)
+               for i, (role, (_, size)) in enumerate(BATCHES[stage].items())}
     if not run.parameters_of(stage) or not weights:
         return  # public weights, no tokenizer: nothing to train
     core, batch = Core(run, stage, weights), next_batch(streams, policy.device)
