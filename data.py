@@ -125,7 +125,7 @@ PLACES = [f"{row} {column}" for row in ("top", "middle", "bottom") for column in
 KINDS = {"single": 0.32, "group": 0.23, "pair": 0.35, "several": 0.10}  # share of scenes of each kind
 USUAL = 0.7           # share of objects with their shape's usual colour, in biased scenes
 SPARSE = (0.05, 0.3, 0.0)  # a sparse caption names a color in 1 mention of 20, the relation in 3 of 10, a place never
-FULL = [(1, 1, 0), (1, 0, 1), (1, 1, 1)]  # a full description: by relations, by places, or by both
+FULL = [(1, 1, 0), (1, 0, 1), (1, 1, 1)]  # a full description: by relations, by places, or by both; half of them canonical
 TEXT_LEN = 18         # <bos> and 17 words: "a red circle left of a blue star and a white cross above a cyan square"
 
 
@@ -346,7 +346,7 @@ class Shapes(Dataset):
         scenes = [self.scene(index) for _, index in keys]
         rngs = [random.Random(f"{self.seed} {self.split} {key}") for key in keys]
         texts = {"caption": [describe(s, r, *SPARSE) for s, r in zip(scenes, rngs)], "canonical": [describe(s) for s in scenes],
-                 "full": [describe(s, r, *r.choice(FULL)) for s, r in zip(scenes, rngs)],
+                 "full": [describe(s, r, *r.choice(FULL)) if r.random() < 0.5 else describe(s) for s, r in zip(scenes, rngs)],
                  "wording": [describe(s, None, *FULL[0]) for s in scenes]}
         texts = {name: torch.tensor([self.vocabulary.encode(text, self.text_len) for text in lines]) for name, lines in texts.items()}
         grid = torch.tensor([to_grid(s) for s in scenes])

@@ -169,10 +169,11 @@ class NoisedPatches(nn.Module):
         pixels = 3 * cfg.patch_size ** 2
         self.patch_embed = nn.Linear(pixels, cfg.width)
         self.t_embed = TimeEmbedding(cfg.width)
+        self.norm = nn.RMSNorm(cfg.width)  # noise is loud: without it a position's own place, added after, is a hundredth of its input
         self.flow_head = nn.Linear(cfg.width, pixels)
 
     def embed(self, model, x_t, t):                                              # (B, N, P), (B,) -> (B, N, D)
-        return self.patch_embed(x_t) + self.t_embed(t)[:, None]
+        return self.norm(self.patch_embed(x_t) + self.t_embed(t)[:, None])
 
     def head(self, model, h):                                                    # (B, N, D) -> (B, N, P)
         return self.flow_head(h)
@@ -357,6 +358,8 @@ class UnifiedModel(nn.Module):
                 nn.init.zeros_(p)
             else:
                 nn.init.normal_(p, std=0.02 if p.ndim == 2 else p[0].numel() ** -0.5)  # convolutions by their fan-in
+        if isinstance(self.image, NoisedPatches):
+            nn.init.normal_(self.image_pos, std=0.5)                             # to be heard beside normalised patches
         for module in (self, self.connector):
             for block in module.blocks:
                 for out in (block.attn.out_proj, block.down_proj):
