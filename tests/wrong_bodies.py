@@ -5,19 +5,23 @@
 A mistake is what it is in the field's words, then a piece of the real body, and what a student might write there.
 """
 import __future__
+import ast
 import importlib
 import inspect
 import io
 import json
 import sys
 import time
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import redirect_stdout
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+import pytest
+from _pytest.runner import runtestprotocol
+
 sys.path[:0] = [str(ROOT / "assignments"), str(ROOT), str(ROOT / "tests")]
 
-from make import BLANKS, ROOT, blanks_of, body_of, find, local, with_body  # noqa: E402
+from make import blanks_of, body_of, find, local, with_body  # noqa: E402
 
 WRONG = {
     "encoder.Attention.forward": [
@@ -58,7 +62,7 @@ WRONG = {
     ],
     "model.prefix_mask": [
         ("off by one: nothing sees itself", ">= row", "> row"),
-        ("the prefix sees the image", "(draw == -1) | (draw[:, None] == draw)", "(draw == -1) | (draw[:, None] == draw) | (draw[:, None] == -1)"),
+        ("the prefix sees the image", "return mine & (", "return (draw[:, None] == -1) | mine & ("),
         ("rows and columns swapped", "return mine & (", "return mine.T & ("),
         ("the prefix is bidirectional", "seen | (row[:, None] >= T)", "seen | True"),
         ("draws see each other", "mine = (draw == -1) | (draw[:, None] == draw)", "mine = torch.ones_like(draw, dtype=torch.bool)"),
@@ -174,41 +178,55 @@ def wrong_sources(b):
 
 def code_of(source: str, b):
     """The code object of one function of a source file."""
-    import ast
     node = find(source, local(b.name))
     node.decorator_list = []
     module = compile(ast.Module([node], []), b.file, "exec", flags=__future__.annotations.compiler_flag)
     return next(c for c in module.co_consts if inspect.iscode(c) and c.co_name == node.name)
 
 
-def caught(tests: list[str]) -> bool:
-    import pytest
-    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-        return pytest.main(["-x", "-q", "--tb=no", "-p", "no:cacheprovider", "-W", "ignore", *(f"{ROOT}/tests/{test}" for test in tests)]) == 1
+class Matrix:
+    """A pytest plugin: collects the tests once, then runs those of each blank with the real body and with every wrong one.
+
+    The function's code is changed in place, so that all who imported it see it.
+    """
+
+    def __init__(self, assignment: int):
+        self.blanks, self.results = blanks_of(assignment), []
+
+    def pytest_runtestloop(self, session):
+        for b in self.blanks:
+            function = importlib.import_module(b.file[:-3])
+            for part in local(b.name).split("."):
+                function = getattr(function, part)
+            function, right = inspect.unwrap(function), inspect.unwrap(function).__code__
+            own = [item for item in session.items if f"{item.path.name}::{item.originalname}" in b.tests]
+            own.sort(key=lambda item: item.path.name != "test_assignments_blanks.py")  # the quick ones first
+            assert {f"{item.path.name}::{item.originalname}" for item in own} == set(b.tests), f"{b.name} names a test that does not exist"
+            for what, source in [(None, (ROOT / b.file).read_text()), *wrong_sources(b)]:
+                began, function.__code__ = time.time(), code_of(source, b)
+                try:
+                    by = next((item.name for item in own if not passes(item)), None)
+                finally:
+                    function.__code__ = right
+                self.results.append({"blank": b.name, "what": what, "caught by": by, "seconds": round(time.time() - began, 2)})
+        return True
+
+
+def passes(item) -> bool:
+    item._initrequest()  # as new: an item may run more than once
+    return not any(report.failed for report in runtestprotocol(item, log=False, nextitem=None))
 
 
 def check(assignment: int) -> list[dict]:
-    """Tries every wrong body, within this process: the function's code is changed in place, so that all who imported it see it."""
-    results = []
-    for b in blanks_of(assignment):
-        function = importlib.import_module(b.file[:-3])
-        for part in local(b.name).split("."):
-            function = getattr(function, part)
-        function, right = inspect.unwrap(function), inspect.unwrap(function).__code__
-        began = time.time()
-        results.append({"blank": b.name, "what": None, "caught": caught(list(b.tests)), "seconds": time.time() - began})
-        tests = sorted(b.tests, key=lambda test: "blanks.py" not in test)  # the quick ones first
-        for what, source in wrong_sources(b):
-            began, function.__code__ = time.time(), code_of(source, b)
-            try:
-                results.append({"blank": b.name, "what": what, "caught": caught(tests), "seconds": time.time() - began})
-            finally:
-                function.__code__ = right
-    return results
+    matrix, tests = Matrix(assignment), sorted({f"{ROOT}/tests/{test}" for b in blanks_of(assignment) for test in b.tests})
+    with redirect_stdout(io.StringIO()) as out:
+        code = pytest.main(["-q", "-p", "no:cacheprovider", "-W", "ignore", *tests], plugins=[matrix])
+    assert code == 0 and matrix.results, out.getvalue()
+    return matrix.results
 
 
 if __name__ == "__main__":
     results = check(int(sys.argv[1]))
     for r in results:
         print(json.dumps(r))
-    sys.exit(any(r["caught"] != (r["what"] is not None) for r in results))
+    sys.exit(any((r["caught by"] is None) != (r["what"] is None) for r in results))
