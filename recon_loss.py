@@ -48,7 +48,7 @@ def mean_where(mask, values):
     """The mean of the values where mask is true, over the whole batch: processes have unequal numbers of words. Both of one shape."""
     count = mask.sum()
     if WORLD > 1:
-        count = collectives.all_reduce(count, "sum", list(range(WORLD))) / WORLD
+        count = collectives.all_reduce(count, "sum", torch.distributed.group.WORLD) / WORLD
     return (values * mask).sum() / count
 
 
@@ -116,7 +116,7 @@ def mar_loss(model, prefix, images):
     ratio = cut_normal(mine(torch.rand(len(x) * WORLD, 1, device=x.device)), *MASK_RATIO)  # (B, 1)
     masked = random_mask(x.shape[1], ratio)                                      # (B, N)
     h = model.predict_image(prefix, x, masked)                                   # (B, N, D)
-    x, h, masked = (y.repeat(MLP_REPEATS, *[1] * (y.ndim - 1)) for y in (x, h, masked))
+    x, h, masked = (y.repeat_interleave(MLP_REPEATS, 0) for y in (x, h, masked))
     x_t, t = noised(x, True, model.cfg.noise_scale)
     x_pred = model.image.flow_mlp(x_t, t[..., 0], h)                             # (4 B, N, P)
     return mean_where(masked, velocity_error(x_pred, x, t).mean(-1))
@@ -236,7 +236,7 @@ def caption_loss(logits, caption):
 def contrast_loss(image, text, log_scale, bias):
     """-1/B sum_ij log sigmoid(y_ij (s <image_i, text_j> + b)), y = 1 for pairs, else -1 (arXiv 2303.15343, eq. 1). Both (B, P)."""
     if WORLD > 1:  # against the captions of all processes
-        text = collectives.all_gather_tensor_autograd(text.contiguous(), 0, list(range(WORLD)))
+        text = collectives.all_gather_tensor_autograd(text.contiguous(), 0, torch.distributed.group.WORLD)
     logits = F.normalize(image, dim=-1) @ F.normalize(text, dim=-1).T * log_scale.exp() + bias  # (B, B)
     y = 2 * mine(torch.eye(len(text), device=image.device)) - 1
     return -F.logsigmoid(y * logits).sum(1).mean()

@@ -219,8 +219,8 @@ def check(cfg: Config) -> None:
         fail(f"--device {cfg.device}: this machine has {torch.cuda.device_count() or 'no'} CUDA devices that torch can use")
     world = int(os.environ.get("WORLD_SIZE", 1))
     each("batch_size understand_batch side_batch", lambda n: n % (world * cfg.accumulate) == 0, f"a multiple of {world} processes x --accumulate {cfg.accumulate}")
-    if cfg.shard and (world == 1 or cfg.stage == "all"):
-        fail("--shard needs several processes (torchrun --nproc_per_node N train.py ...) and one stage at a time (--stage ...)")
+    if cfg.shard and (world == 1 or cfg.stage in ("all", "encoder")):
+        fail("--shard needs several processes (torchrun --nproc_per_node N train.py ...) and one stage at a time (--stage pretrain, align, sft or reca)")
     try:
         Path(cfg.out_dir).mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -528,7 +528,7 @@ def prepare(core: Core, policy: Policy, shard: bool) -> nn.Module:
             fully_shard(block)
             if policy.compile:
                 block.compile(dynamic=False)
-        return fully_shard(core)
+        return fully_shard(core, ignored_params={p for part in ("encoder", "tower") for p in core.parts[part].parameters()})  # frozen, and no part of what grows
     if policy.compile:
         core.compile(dynamic=False)
     ids = [policy.device.index] if policy.device.type == "cuda" else None
