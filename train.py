@@ -134,7 +134,7 @@ SMOKE = dict(encoder_steps=60, pretrain_steps=100, align_steps=40, reca_steps=40
 
 
 # What --resume may change; all else is the run's own.
-CHANGEABLE = {"resume", "out_dir", "data_dir", "cache_dir", "device", "dtype", "compile", "accumulate", "checkpoint_activations", "workers", "save_every", "keep",
+CHANGEABLE = {"resume", "out_dir", "data_dir", "cache_dir", "device", "dtype", "compile", "accumulate", "checkpoint_activations", "shard", "workers", "save_every", "keep",
               "log_every", "eval_n", "grad_clip", *(f"{s}_{x}" for s in ("encoder", "pretrain", "align", "reca") for x in ("lr", "steps"))}
 
 
@@ -788,6 +788,8 @@ def bench(cfg: Config, steps: int = 20) -> None:
 def train(cfg: Config, given: dict) -> None:
     interrupt, out, saved = Interrupt(), Path(cfg.out_dir), None
     first = int(os.environ.get("RANK", 0)) == 0
+    if not out.is_dir():
+        fail(f"--resume: there is no run in {out}; leave --resume out to start one")
     file, before = claim(out) if first else (None, json.loads((out / "run.json").read_text() or "{}") if cfg.resume else {})
     if cfg.resume:
         saved = read_state(out)
@@ -834,7 +836,8 @@ def main(argv=None) -> None:
     given = read_options(argv)
     cfg = parse_config(argv)
     try:
-        check(cfg)
+        if not cfg.resume:
+            check(cfg)
         bench(cfg) if cfg.bench else train(cfg, given)
     except ValueError as error:
         fail(str(error))

@@ -7,6 +7,7 @@ import argparse
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -28,10 +29,10 @@ TINY = ("--width 16 --depth 1 --heads 2 --image_size 24 --patch_size 8 --batch_s
         "--align_steps 6 --reca_steps 8 --eval_n 2 --warmup 2 --log_every 4 --save_every 3 --device cpu").split()
 
 
-def run(out, *more, report=False, monkeypatch=None):
+def run(out, *more):
     """train.py in this process, without the scores at its end."""
     original = train.report
-    train.report = original if report else lambda *args: None
+    train.report = lambda *args: None
     try:
         train.main([*TINY, "--out_dir", str(out), *map(str, more)])
     finally:
@@ -341,6 +342,352 @@ def test_a_mistake_gets_one_sentence_before_any_work(line, place, capsys, monkey
     assert expected in message, message
     assert before == sorted((p, p.stat().st_mtime) for p in place.rglob("*.pt")), "something was written"
     assert time.time() - began < 5
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Nothing is lost
+
+
+def interrupted(out, step, *more):
+    """A run that is stopped after a step of pretrain."""
+    with pytest.raises(SystemExit) as end:
+        Stop.at(out, step, *more)
+    assert end.value.code == 128 + signal.SIGTERM
+    return out
+
+
+def test_the_newest_state_that_is_whole_is_taken(tmp_path, capsys):
+    alone = tmp_path / "alone"
+    run(alone, "--stage", "pretrain")
+    for damage in ("flip", "cut", "empty"):
+        out = tmp_path / damage
+        with pytest.raises(SystemExit):
+            Stop.at(out, 8, "--stage", "pretrain", "--keep", 3)
+        newest, before, oldest = train.find_states(out)  # keep 3: steps 8, 6, 3
+        assert [int(p.stem[-7:]) for p in (newest, before, oldest)] == [8, 6, 3]
+        data = bytearray(newest.read_bytes())
+        if damage == "flip":
+            at = data.index(torch.load(newest, weights_only=True)["model"]["wte.weight"].numpy().tobytes())
+            data[at + 40] ^= 1  # one bit of one weight
+        newest.write_bytes({"flip": data, "cut": data[:len(data) // 2], "empty": b""}[damage])
+        capsys.readouterr()
+        run(out, "--stage", "pretrain", "--keep", 3, "--resume")
+        assert "is damaged" in capsys.readouterr().out
+        same(weights(alone / "pretrain.pt"), weights(out / "pretrain.pt"))
+        assert lines(alone) == lines(out)
+
+
+def test_a_run_without_any_whole_state_begins_anew(tmp_path, capsys):
+    run(tmp_path / "alone", "--stage", "pretrain")
+    out = interrupted(tmp_path / "out", 2, "--stage", "pretrain")
+    train.find_states(out)[0].write_bytes(b"")
+    run(out, "--resume")  # the settings are in run.json
+    same(weights(tmp_path / "alone" / "pretrain.pt"), weights(out / "pretrain.pt"))
+
+
+def test_resume_may_change_the_rate_but_not_the_model(tmp_path):
+    out = interrupted(tmp_path / "out", 5, "--stage", "pretrain")
+    run(out, "--resume", "--pretrain_lr", 1e-9)
+    logged = lines(out)
+    assert [line["step"] for line in logged] == [4, 8, 12, 14]
+    assert logged[0]["lr"] == train.Config.pretrain_lr and logged[-1]["lr"] < 1e-9
+
+
+def test_a_finished_run_is_taken_over_and_a_new_one_says_so(tmp_path, capsys):
+    out = tmp_path / "out"
+    run(out, "--stage", "pretrain", "--pretrain_steps", 4)
+    kept = weights(out / "pretrain.pt")
+    run(out, "--resume", "--pretrain_steps", 4)  # nothing is left to do
+    same(kept, weights(out / "pretrain.pt"))
+    capsys.readouterr()
+    run(out, "--stage", "pretrain", "--pretrain_steps", 3, "--seed", 1)
+    assert "holds a finished run" in capsys.readouterr().out
+    assert [line["step"] for line in lines(out)] == [3]
+    assert [p.name for p in train.find_states(out)] == ["state-1-pretrain-0000003.pt"]
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_not_a_number_ends_the_run_before_it_is_saved(where, tmp_path, capsys, monkeypatch):
+    real = train.update
+
+    def update(core, *args):
+        update.step += 1
+        learning = args[2][0].param_groups[0]["params"]
+        if update.step == 8:  # after this step the weights are no numbers either
+            with torch.no_grad():
+                learning[0].fill_(float("nan"))
+        parts = real(core, *args)
+        return parts | ({"t2i": torch.tensor(0.5), "t2t": torch.tensor(0.5)} if where == "gradient" else {})
+    update.step = 0
+    monkeypatch.setattr(train, "update", update)
+    with pytest.raises(SystemExit) as end:
+        run(tmp_path, "--stage", "pretrain", "--save_every", 4)
+    message = capsys.readouterr().err
+    assert end.value.code == 2 and "at step 8 of stage pretrain" in message and "--resume" in message and "state-1-pretrain-0000004.pt" in message, message
+    assert ("grad_norm" if where == "gradient" else "t2i") in message
+    assert [p.name for p in train.find_states(tmp_path)] == ["state-1-pretrain-0000004.pt"]
+    assert all(torch.isfinite(v).all() for v in weights(train.find_states(tmp_path)[0]).values())
+    monkeypatch.setattr(train, "update", real)
+    run(tmp_path, *re.search(r"(--resume) --out_dir \S+ (--pretrain_lr) (\S+)", message).groups())
+
+
+def test_two_runs_in_one_folder_are_refused(tmp_path, capsys):
+    """The lock is of a process, and ends with it, also by SIGKILL."""
+    code = f"import sys, time; sys.path.insert(0, {str(ROOT)!r}); import train, pathlib; held = train.claim(pathlib.Path({str(tmp_path)!r})); print('held', flush=True); time.sleep(60)"
+    other = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert other.stdout.readline() == "held\n"
+    with pytest.raises(SystemExit) as end:
+        run(tmp_path)
+    assert end.value.code == 2 and "another run is at work" in capsys.readouterr().err
+    other.kill()
+    other.wait()
+    run(tmp_path, "--stage", "pretrain", "--pretrain_steps", 1)
+
+
+def test_a_full_disk_leaves_the_last_good_state(tmp_path, capsys):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if shutil.which("mount") is None or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("mounting a small disk needs more rights")
+    try:
+        run(tmp_path / "alone", "--stage", "pretrain")
+        size = (tmp_path / "alone" / "state-1-pretrain-0000014.pt").stat().st_size
+        subprocess.run(["mount", "-o", f"remount,size={int(size * 1.6) // 1024}k", disk], check=True)
+        with pytest.raises(SystemExit) as end:
+            run(disk, "--stage", "pretrain")
+        message = capsys.readouterr().err
+        assert end.value.code == 2 and "free some space" in message and "Traceback" not in message, message
+        assert [p.name for p in disk.glob("*.pt*")] == ["state-1-pretrain-0000003.pt"]
+        subprocess.run(["mount", "-o", "remount,size=64m", disk], check=True)
+        run(disk, "--resume")
+        same(weights(tmp_path / "alone" / "pretrain.pt"), weights(disk / "pretrain.pt"))
+    finally:
+        subprocess.run(["umount", "-l", disk])
+
+
+def test_out_of_memory_says_how_to_go_on(tmp_path, capsys, monkeypatch):
+    real, calls = train.update, []
+
+    def update(*args):
+        calls.append(1)
+        if len(calls) == 5:
+            raise torch.OutOfMemoryError("tried to allocate 20.00 GiB")
+        return real(*args)
+    monkeypatch.setattr(train, "update", update)
+    with pytest.raises(SystemExit) as end:
+        run(tmp_path, "--stage", "pretrain")
+    assert end.value.code == 2 and "--accumulate 2" in capsys.readouterr().err
+    run(tmp_path, "--resume", "--accumulate", 2)
+    assert [line["step"] for line in lines(tmp_path)] == [4, 8, 12, 14]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# One step
+
+
+def toy(tmp_path, *options):
+    cfg = train.parse_config([*TINY, "--out_dir", str(tmp_path), *map(str, options)])
+    policy = train.Policy.choose(cfg)
+    made = train.Run(cfg, policy)
+    return made, cfg, policy
+
+
+class Squares(nn.Module):
+    """A core step without noise: the mean of (w x - y)^2."""
+
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.tensor([[1.0, -2.0, 0.5]]))
+
+    def forward(self, batch, progress):
+        loss = ((batch["main"]["x"] @ self.w.T) ** 2).mean()
+        return loss, {"squares": loss}
+
+
+def test_accumulated_parts_are_one_batch(tmp_path):
+    x, ends = torch.randn(12, 3), []
+    for parts in (1, 2, 3):
+        _, cfg, policy = toy(tmp_path, "--batch_size", 12, "--side_batch", 12, "--understand_batch", 12, "--accumulate", parts)
+        core = Squares()
+        optimizers = train.make_optimizers({"w": core.w}, cfg)
+        said = train.update(core, {"main": {"x": x}}, torch.zeros(()), optimizers, policy.scaler(), policy, cfg)
+        w = torch.tensor([[1.0, -2.0, 0.5]], requires_grad=True)
+        loss = ((x @ w.T) ** 2).mean()
+        loss.backward()
+        torch.testing.assert_close(said["squares"], loss.detach())
+        torch.testing.assert_close(said["grad_norm"], w.grad.norm())
+        ends.append(core.w.detach().clone())
+    torch.testing.assert_close(ends[0], ends[1])
+    torch.testing.assert_close(ends[0], ends[2])
+
+
+def test_float16_scales_the_loss_and_skips_a_step_that_overflows(tmp_path):
+    _, cfg, policy = toy(tmp_path, "--dtype", "float16")
+    core, scaler = Squares(), torch.amp.GradScaler("cpu", init_scale=2.0 ** 8)
+    optimizers = train.make_optimizers({"w": core.w}, cfg)
+    policy.autocast = lambda: torch.autocast("cpu", enabled=False)
+    x, start = torch.randn(4, 3), core.w.detach().clone()
+    good = train.update(core, {"main": {"x": x}}, torch.zeros(()), optimizers, scaler, policy, cfg)
+    w = start.clone().requires_grad_()
+    ((x @ w.T) ** 2).mean().backward()
+    torch.testing.assert_close(good["grad_norm"], w.grad.norm())  # unscaled before it is clipped
+    moved = core.w.detach().clone()
+    assert not torch.equal(moved, start)
+    bad = train.update(core, {"main": {"x": torch.full((4, 3), float("inf"))}}, torch.zeros(()), optimizers, scaler, policy, cfg)
+    assert not bad["grad_norm"].isfinite() and torch.equal(core.w.detach(), moved) and scaler.get_scale() == 2.0 ** 7
+    assert policy.scaler().is_enabled() and not toy(tmp_path)[2].scaler().is_enabled()
+
+
+def test_bfloat16_is_close_to_float32(tmp_path):
+    run(tmp_path / "a", "--stage", "pretrain")
+    run(tmp_path / "b", "--stage", "pretrain", "--dtype", "bfloat16")
+    for a, b in zip(lines(tmp_path / "a"), lines(tmp_path / "b")):
+        assert abs(a["t2i"] - b["t2i"]) < 0.02 and abs(a["t2t"] - b["t2t"]) < 0.02
+    assert lines(tmp_path / "a") != lines(tmp_path / "b")
+    assert {v.dtype for v in weights(tmp_path / "b" / "pretrain.pt").values()} == {torch.float32}
+
+
+def test_recomputed_activations_change_nothing(tmp_path):
+    run(tmp_path / "a", "--stage", "pretrain")
+    run(tmp_path / "b", "--stage", "pretrain", "--checkpoint_activations")
+    same(weights(tmp_path / "a" / "pretrain.pt"), weights(tmp_path / "b" / "pretrain.pt"))
+
+
+def test_ema_is_the_average_that_its_equation_says(tmp_path, monkeypatch):
+    steps, real = [], train.update
+
+    def update(core, *args):
+        said = real(core, *args)
+        steps.append({n.removeprefix("parts.model."): p.detach().clone() for n, p in core.named_parameters() if "parts.model." in n})
+        return said
+    monkeypatch.setattr(train, "update", update)
+    first, load = [], train.Run.load
+    run(tmp_path, "--stage", "pretrain", "--ema", 0.5)
+    saved = torch.load(tmp_path / "pretrain.pt", weights_only=True)
+    start = toy(tmp_path)[0].model.state_dict()  # the same seed
+    for name in ("wte.weight", "blocks.0.up_proj.weight"):
+        average = start[name].clone()
+        for step, weights_then in enumerate(steps):
+            decay = min(0.5, (1 + step) / (10 + step))
+            average = decay * average + (1 - decay) * weights_then[name]
+        torch.testing.assert_close(saved["ema"][name], average)
+        assert torch.equal(saved["model"][name], steps[-1][name])
+    torch.testing.assert_close(saved["ema"]["connector.queries"], saved["model"]["connector.queries"])  # not trained, not averaged
+    from sample import load_checkpoint
+    torch.testing.assert_close(load_checkpoint(tmp_path / "pretrain.pt").model.wte.weight, saved["ema"]["wte.weight"])
+    second = toy(tmp_path)[0]
+    second.load(tmp_path / "pretrain.pt", "align")  # the next stage starts from what samples
+    assert torch.equal(second.model.wte.weight, saved["ema"]["wte.weight"])
+
+
+def test_learning_rate_rises_stays_and_falls_to_zero():
+    cfg = train.Config(warmup=10, decay=0.25)
+    rates = [train.learning_rate(step, 100, 2.0, cfg) for step in range(100)]
+    assert rates[0] == 0.2 and rates[9] == 2.0 and max(rates) == 2.0 and rates[50] == 2.0
+    assert all(a < b for a, b in zip(rates[:9], rates[1:10])) and all(a > b for a, b in zip(rates[76:], rates[77:])) and 0 < rates[99] < 0.1
+
+
+@pytest.mark.parametrize("image_size, least, most, positions", [(64, 28e6, 36e6, 64), (256, 115e6, 140e6, 256)])
+def test_presets_have_their_sizes(image_size, least, most, positions):
+    cfg = train.parse_config(["--dataset", "imagenet", "--image_size", str(image_size)])
+    with torch.device("meta"):
+        model = train.UnifiedModel(train.ModelConfig(
+            vocab_size=2000, text_len=cfg.text_len, image_size=cfg.image_size, patch_size=cfg.patch_size, width=cfg.width, depth=cfg.depth, heads=cfg.heads, encoder_width=768))
+    assert least < sum(p.numel() for p in model.parameters()) < most
+    assert model.cfg.image_len == positions
+
+
+def test_cost_counts_products_and_tokens(tmp_path):
+    made, cfg, policy = toy(tmp_path, "--encoder_size", 0)
+    made.parameters_of("reca")
+    core = train.Core(made, "pretrain", {"t2i": 1.0})
+    B, T, D, N, P, R = 4, made.model.cfg.text_len, 16, 9, 192, cfg.draws
+    batch = {"main": {"image": torch.rand(B, 3, 24, 24), "caption": torch.ones(B, T, dtype=torch.long)}}
+    flops, tokens = train.cost(core, batch, policy, cfg)
+    S = T + R * N
+    assert tokens == B * S
+    forward = B * S * (4 + 8) * D * D + B * 2 * S * S * D + B * R * N * 2 * P * D  # blocks, attention, patches in and out
+    assert 2 * 2.5 * forward < flops < 2 * 3.5 * forward, f"{flops / forward / 2:.2f} times the forward pass"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Several processes, and the compiler
+
+
+def torchrun(out, *more, processes=2):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", str(ROOT / "train.py"), *TINY, "--out_dir", str(out), *map(str, more)]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+FIFTY = ["--stage", "pretrain", "--pretrain_steps", 50, "--log_every", 1, "--warmup", 100, "--decay", 0, "--save_every", 20]
+
+
+def test_two_processes_give_the_losses_of_one(tmp_path):
+    run(tmp_path / "one", *FIFTY)
+    torchrun(tmp_path / "two", *FIFTY)
+    one, two = lines(tmp_path / "one"), lines(tmp_path / "two")
+    assert len(one) == len(two) == 50
+    for a, b in zip(one, two):
+        assert abs(a["t2i"] - b["t2i"]) < 1e-5 and abs(a["t2t"] - b["t2t"]) < 1e-4, (a, b)  # t2t: Muon rounds to bfloat16
+    newest = train.find_states(tmp_path / "two")[0]
+    newest.unlink()  # step 50; on from step 40
+    torchrun(tmp_path / "two", *FIFTY, "--resume")
+    assert lines(tmp_path / "two") == two, "resumed, two processes are not where they were"
+
+
+def test_sharded_parameters_give_the_same_losses_and_files(tmp_path):
+    short = [*FIFTY, "--pretrain_steps", 6, "--save_every", 4, "--ema", 0.9]
+    run(tmp_path / "one", *short)
+    torchrun(tmp_path / "two", *short, "--shard")
+    for a, b in zip(lines(tmp_path / "one"), lines(tmp_path / "two"), strict=True):
+        assert abs(a["t2i"] - b["t2i"]) < 1e-5 and abs(a["grad_norm"] - b["grad_norm"]) < 1e-4, (a, b)
+    one, two = weights(tmp_path / "one" / "pretrain.pt"), weights(tmp_path / "two" / "pretrain.pt")
+    assert one.keys() == two.keys() and all((one[k] - two[k]).abs().max() < 1e-4 for k in one)
+    train.find_states(tmp_path / "two")[0].unlink()
+    run(tmp_path / "two", *short, "--resume", "--no-shard")  # files do not show how many processes wrote them
+    again = weights(tmp_path / "two" / "pretrain.pt")
+    assert all((two[k] - again[k]).abs().max() < 1e-4 for k in one)
+
+
+def test_the_compiled_step_is_one_graph_and_stays_so(tmp_path):
+    from torch._dynamo.utils import counters
+    torch._dynamo.reset()
+    made, cfg, policy = toy(tmp_path, "--compile", "on")
+    if not policy.compile:
+        pytest.skip("no compiler here")
+    core = train.Core(made, "reca", {"recon": 1.0})
+    learning = made.parameters_of("reca")
+    optimizers = train.make_optimizers(learning, cfg)
+    for group in optimizers[0].param_groups + optimizers[1].param_groups:
+        group["lr"] = 1e-3
+    core.compile(dynamic=False, backend="aot_eager")  # inductor's graphs are the same, and take a minute
+    counters.clear()
+    for step in range(12):
+        batch = {"main": {"image": torch.rand(4, 3, 24, 24)}}
+        said = train.update(core, batch, torch.tensor(step / 12), optimizers, policy.scaler(), policy, cfg)
+        assert all(v.isfinite() for v in said.values())
+        if step == 1:
+            warm = dict(counters["stats"])
+    assert not counters["graph_break"] and dict(counters["stats"]) == warm and warm["unique_graphs"] == 1, counters
+
+
+def test_without_a_compiler_training_goes_on(tmp_path, capsys, monkeypatch):
+    def broken(*args, **kwargs):
+        raise RuntimeError("No working C++ compiler found")
+    monkeypatch.setattr(torch, "compile", broken)
+    run(tmp_path, "--stage", "pretrain", "--compile", "on")
+    said = capsys.readouterr().out
+    assert said.count("No working C++ compiler found): on without it") == 1 and (tmp_path / "pretrain.pt").exists()
+
+
+def test_bench_measures_each_way(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(train, "can_compile", lambda device: False)
+    run(tmp_path, "--bench")
+    rows = json.loads((tmp_path / "bench.json").read_text())["rows"]
+    assert json.loads(capsys.readouterr().out)["rows"] == rows
+    assert [(row["dtype"], row["compiled"]) for row in rows] == [("float32", False), ("bfloat16", False)]
+    assert all(row["steps_per_second"] > 0 and row["gigabytes"] > 0 and row["mfu"] is None for row in rows)
 
 
 if __name__ == "__main__":
