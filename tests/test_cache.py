@@ -153,9 +153,10 @@ def test_another_encoder_size_or_image_set_never_hits(folder):
         changed.state_dict()["blocks.0.norm1.weight"][5] += 1e-3  # one number
     renamed, _ = make()
     renamed.cfg.mean = (0.1, 0.2, 0.3)
-    others = [(same, changed, model), (same, renamed, model), (same, encoder, make(size=16)[1]), (photos(folder, 16), encoder, make(size=SIZE)[1]),
+    others = [(same, changed, model), (same, renamed, model), (same, encoder, make(size=16)[1]), (same, encoder, make(size=SIZE)[1]),
+              (photos(folder, 16), encoder, make(size=SIZE)[1]),
               (data.Shapes("reca", SIZE), encoder, model), (data.Shapes("understand", SIZE), encoder, model), (data.Shapes("reca", SIZE, 1), encoder, model)]
-    for shapes in (other[0] for other in others[4:]):
+    for shapes in (other[0] for other in others[5:]):
         shapes.size = N
     for number, other in enumerate(others):
         found = path(*other)
@@ -187,6 +188,14 @@ def test_too_small_a_disk_is_said_before_any_work(folder, monkeypatch):
     with pytest.raises(ValueError, match=r"needs 2\.76e-05 GB in .*, where 1e-06 GB are free"):
         cache(folder, photos(folder), encoder, model, calls=calls)
     assert calls == [3]
+
+
+def test_features_beyond_float16_are_refused(folder):
+    encoder, model = make()
+    with torch.no_grad():
+        encoder.norm.weight[5] = 1e6
+    with pytest.raises(ValueError, match="beyond float16"):
+        cache(folder, photos(folder), encoder, model)
 
 
 def test_losses_and_gradients_are_those_of_the_encoder(folder):
