@@ -371,7 +371,7 @@ class Run:
             with torch.no_grad(), self.policy.autocast():
                 return self.encoder(self.model.for_encoder(images.to(self.policy.device))).patch_tokens
 
-        identity = encoder_identity(self.encoder, self.cfg.encoder_size)
+        identity = encoder_identity(self.encoder, self.cfg.encoder_size, self.policy.dtype)
         rank, world = (int(os.environ.get(name, default)) for name, default in (("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)))
         return cache_features(self.dataset(split), encode, identity, self.cfg.cache_dir, self.workers, rank, world)
 

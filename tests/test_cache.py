@@ -64,7 +64,7 @@ class Kill(BaseException):
     pass
 
 
-def cache(folder, dataset, encoder, model, stop=99, calls=None, **how):
+def cache(folder, dataset, encoder, model, dtype=torch.float32, stop=99, calls=None, **how):
     """As train.py does it; killed in the `stop`-th call of the encoder. The first call is not a block: it finds the sizes."""
     calls = [] if calls is None else calls
 
@@ -74,7 +74,7 @@ def cache(folder, dataset, encoder, model, stop=99, calls=None, **how):
             raise Kill
         with torch.no_grad():
             return encoder(model.for_encoder(images)).patch_tokens
-    return data.cache_features(dataset, encode, data.encoder_identity(encoder, model.cfg.encoder_size), str(folder / "cache"), **how)
+    return data.cache_features(dataset, encode, data.encoder_identity(encoder, model.cfg.encoder_size, dtype), str(folder / "cache"), **how)
 
 
 def keys(n, epoch=0):
@@ -88,7 +88,7 @@ def test_stopped_and_resumed_gives_the_same_bytes_and_computes_nothing_twice(fol
     os.rename(folder / "cache", folder / "alone")
     calls = []
     with pytest.raises(Kill):
-        cache(folder, photos(folder), encoder, model, stop)
+        cache(folder, photos(folder), encoder, model, stop=stop)
     assert open(next((folder / "cache").iterdir()), "rb").read() != whole
     again = cache(folder, photos(folder), encoder, model, calls=calls)
     assert open(again.path, "rb").read() == whole
@@ -153,10 +153,10 @@ def test_another_encoder_size_or_image_set_never_hits(folder):
         changed.state_dict()["blocks.0.norm1.weight"][5] += 1e-3  # one number
     renamed, _ = make()
     renamed.cfg.mean = (0.1, 0.2, 0.3)
-    others = [(same, changed, model), (same, renamed, model), (same, encoder, make(size=16)[1]), (same, encoder, make(size=SIZE)[1]),
+    others = [(same, encoder, model, torch.bfloat16), (same, changed, model), (same, renamed, model), (same, encoder, make(size=16)[1]), (same, encoder, make(size=SIZE)[1]),
               (photos(folder, 16), encoder, make(size=SIZE)[1]),
               (data.Shapes("reca", SIZE), encoder, model), (data.Shapes("understand", SIZE), encoder, model), (data.Shapes("reca", SIZE, 1), encoder, model)]
-    for shapes in (other[0] for other in others[5:]):
+    for shapes in (other[0] for other in others[6:]):
         shapes.size = N
     for number, other in enumerate(others):
         found = path(*other)
