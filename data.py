@@ -1,7 +1,5 @@
 """Data: the embedded `shapes` world, image folders, words, and the loader.
 
-    python data.py                     # writes shapes.png: scenes with their sparse and dense captions
-
 `shapes` is a world with exact ground truth, so that the claims of Reconstruction Alignment (arXiv 2509.07295) can be
 checked exactly and with no download. A scene is a few coloured shapes on a 3 x 3 grid. What makes it a model of the
 paper's problem is what its captions leave out:
@@ -40,6 +38,7 @@ import time
 import warnings
 import zlib
 from array import array
+from collections import Counter
 from dataclasses import dataclass
 
 import torch
@@ -68,14 +67,10 @@ class Vocabulary:
         self.words, self.ids = list(words), {w: i for i, w in enumerate(words)}
 
     @classmethod
-    def from_captions(cls, captions, min_count: int = 1) -> "Vocabulary":
-        """The words that occur at least `min_count` times, the most frequent first; the rest become <unk>."""
-        counts: dict[str, int] = {}
-        for caption in captions:
-            for word in split_words(caption):
-                counts[word] = counts.get(word, 0) + 1
-        kept = sorted((w for w, c in counts.items() if c >= min_count), key=lambda w: (-counts[w], w))
-        return cls(SPECIALS + kept)
+    def from_captions(cls, captions) -> "Vocabulary":
+        """All words of the captions, the most frequent first."""
+        counts = Counter(word for caption in captions for word in split_words(caption))
+        return cls(SPECIALS + sorted(counts, key=lambda word: (-counts[word], word)))
 
     def __len__(self) -> int:
         return len(self.words)
@@ -99,13 +94,8 @@ class Vocabulary:
 
     def decode(self, ids) -> str:
         """The words before <eos>, without <bos> and <pad>."""
-        words = []
-        for i in ids:
-            if i == EOS:
-                break
-            if i not in (PAD, BOS):
-                words.append(self.words[i])
-        return " ".join(words)
+        ids = itertools.takewhile(lambda i: i != EOS, ids)
+        return " ".join(self.words[i] for i in ids if i not in (PAD, BOS))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -119,7 +109,7 @@ RGB = [(225, 40, 40), (250, 140, 20), (245, 220, 50), (50, 170, 60), (60, 205, 2
 USUAL_COLOR = [0, 5, 3, 2, 6, 1]  # by shape: red circles, blue squares, green triangles, yellow stars, ...
 BACKGROUNDS = [(46, 46, 46), (107, 107, 107)]
 NUMBERS = ["one", "two", "three", "four"]
-OPPOSITE = {"left": "right", "right": "left", "above": "below", "below": "above"}
+WORDS = ["a", "an", "and", "left", "right", "above", "below", "directly", "of", "top", "middle", "bottom", "center"] + NUMBERS + COLORS + SHAPES + PLURALS
 PLACES = [f"{row} {column}" for row in ("top", "middle", "bottom") for column in ("left", "center", "right")]  # by cell
 
 KINDS = {"single": 0.32, "group": 0.23, "pair": 0.35, "several": 0.10}  # share of scenes of each kind
@@ -215,34 +205,23 @@ class Claim:
     relations: tuple[tuple[int, str, int], ...]
 
 
+PHRASE = re.compile(f"(an?|{'|'.join(NUMBERS)}) (?:({'|'.join(COLORS)}) )?({'|'.join(SHAPES + PLURALS)})(?: ({'|'.join(PLACES)}))?")
+LINK = re.compile(" (and|(?:left|right) of|(?:directly )?(?:above|below)) ")
+
+
 def parse(text: str) -> Claim | None:
     """The claim that a caption makes, in any wording of `describe`; None where it is not a sentence of this world."""
-    words, phrases, relations, link = text.split(), [], [], None
-    while words:
-        number = words.pop(0)
-        count = 1 if number in ("a", "an") else NUMBERS.index(number) + 1 if number in NUMBERS else None
-        color = COLORS.index(words.pop(0)) if words and words[0] in COLORS else None
+    parts = LINK.split(" ".join(text.split()))  # phrase, link, phrase, ...
+    phrases = []
+    for match in map(PHRASE.fullmatch, parts[::2]):
+        number, color, name, place = match.groups() if match else [None] * 4
+        count = NUMBERS.index(number) + 1 if number in NUMBERS else 1
         names = SHAPES if count == 1 else PLURALS
-        if count is None or not words or words[0] not in names:
+        if name not in names:
             return None
-        shape, place = names.index(words.pop(0)), " ".join(words[:2])
-        cell = PLACES.index(place) if place in PLACES else None
-        words = words if cell is None else words[2:]
-        phrases.append((count, color, shape, cell))
-        if link:
-            relations.append((len(phrases) - 2, link, len(phrases) - 1))
-        if not words:
-            return Claim(tuple(phrases), tuple(relations))
-        word, link = words.pop(0), None
-        if word == "directly" and words and words[0] in ("above", "below"):
-            word = words.pop(0)
-        if word in OPPOSITE:
-            link = word
-            if word in ("left", "right") and (not words or words.pop(0) != "of"):
-                return None
-        elif word != "and":
-            return None
-    return None
+        phrases.append((count, COLORS.index(color) if color else None, names.index(name), PLACES.index(place) if place else None))
+    links = [link.removeprefix("directly ").removesuffix(" of") for link in parts[1::2]]
+    return Claim(tuple(phrases), tuple((i, link, i + 1) for i, link in enumerate(links) if link != "and"))
 
 
 def holds(claim: Claim, grid) -> bool:
@@ -329,7 +308,7 @@ class Shapes(Dataset):
         assert image_size % GRID == 0, f"{image_size=} must be a multiple of {GRID}: one cell is a third of it"
         self.split, self.seed, self.size = split, seed, self.SPLITS[split]
         self.atlas = sprites(image_size // GRID)
-        self.vocabulary = Vocabulary(SPECIALS + shapes_words())
+        self.vocabulary = Vocabulary(SPECIALS + WORDS)
         self.text_len = TEXT_LEN
 
     def __len__(self) -> int:
@@ -352,10 +331,6 @@ class Shapes(Dataset):
         grid = torch.tensor([to_grid(s) for s in scenes])
         background = torch.tensor([s.background for s in scenes])
         return {"image": render(grid, background, self.atlas), "grid": grid, **texts}
-
-
-def shapes_words() -> list[str]:
-    return ["a", "an", "and", "left", "right", "above", "below", "directly", "of", "top", "middle", "bottom", "center"] + NUMBERS + COLORS + SHAPES + PLURALS
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -491,11 +466,11 @@ class Photos(Dataset):
     """
 
     def __init__(self, root: str, files, texts: list[list[str]], kinds: list[int], split: str, image_size: int, seed: int,
-                 vocabulary: Vocabulary | None = None, text_len: int = 0, min_count: int = 1):
+                 vocabulary: Vocabulary | None = None, text_len: int = 0):
         self.root, self.split, self.image_size, self.seed = root, split, image_size, seed
         self.files, self.kinds = files, array("q", kinds)
         self.texts = Strings("\n".join(lines) for lines in texts)
-        self.vocabulary = vocabulary or Vocabulary.from_captions((line for lines in texts for line in lines), min_count)
+        self.vocabulary = vocabulary or Vocabulary.from_captions((line for lines in texts for line in lines))
         self.text_len = text_len or min(32, 2 + max(len(split_words(line)) for lines in texts for line in lines))
         self.flip = split != "test"
         self.bad: dict[int, str] = {}
@@ -620,12 +595,12 @@ def captioned_folder(root: str, paths: list[str]) -> tuple[list[str], list[list[
 
 
 def make_dataset(name: str, split: str, data_dir: str = "", image_size: int = 48, seed: int = 0,
-                 vocabulary: Vocabulary | None = None, text_len: int = 0, min_count: int = 1, cache_dir: str = "") -> Dataset:
+                 vocabulary: Vocabulary | None = None, text_len: int = 0, cache_dir: str = "") -> Dataset:
     """The data set `name`, one of DATASETS. split: 'pretrain', 'understand', 'reca' or 'test'.
 
     Photographs have no bias to remove: the first three splits are the training images, 'test' is val/. A folder without
     train/ and val/ keeps one image in twenty for 'test', always the same ones.
-    vocabulary, text_len: those of a checkpoint; else all words that occur min_count times in the training captions,
+    vocabulary, text_len: those of a checkpoint; else all words of the training captions,
     and the longest of these captions (at most 32 ids). cache_dir: see `list_files`.
     Raises ValueError with a sentence for the user where the images are not as they should be.
     """
@@ -636,9 +611,9 @@ def make_dataset(name: str, split: str, data_dir: str = "", image_size: int = 48
     if not data_dir:
         raise ValueError(f"--dataset {name} needs --data_dir, the folder of its images")
     if split == "test" and vocabulary is None:
-        train = make_dataset(name, "pretrain", data_dir, image_size, seed, None, text_len, min_count, cache_dir)
+        train = make_dataset(name, "pretrain", data_dir, image_size, seed, None, text_len, cache_dir)
         vocabulary, text_len = train.vocabulary, train.text_len
-    rest = split, image_size, seed, vocabulary, text_len, min_count
+    rest = split, image_size, seed, vocabulary, text_len
     if name == "cifar10":
         arrays = cifar10(data_dir, train=split != "test")
         return Cifar(arrays.data, [class_captions(c) for c in arrays.classes], arrays.targets, *rest)
