@@ -1,16 +1,12 @@
 """Where is the reconstruction loss? Here: `recon_loss`, and everything between the image and the scalar is in this file.
 
 Reconstruction Alignment (RecA, arXiv 2509.07295) asks a model to draw an image again from what its own understanding
-encoder saw of it. No caption is used. The condition is the image's visual words (see model.py), and the loss is the
-one that the model was pre-trained with:
+encoder saw of it: its visual words (see model.py). No caption is used. Left of the bar is the prefix, the loss is right of it:
 
-    t2i_loss      caption's words           -> image_loss     text to image, pre-training
-    recon_loss    the image's visual words  -> image_loss     RecA: the same line with another prefix
-
-    image_loss is the model's own: `flow_loss`, `ar_loss`, `mask_loss` or `mar_loss`, by its paradigm. RecA is the same for all four.
-
-Around it stand the language losses: i2t (understanding; keeps it alive where weights are shared), t2t (what "left of"
-means), and the two losses that train a small understanding encoder from scratch.
+    t2i     caption words  | image             image_loss   pre-training
+    recon   visual words   | image             image_loss   RecA: the same loss with another prefix, for every paradigm
+    t2t     caption words  | another wording   text_loss    the language side
+    i2t     visual words   | caption           text_loss    understanding; keeps it alive where weights are shared
 
 Flow convention, here and everywhere: x_t = t * image + (1 - t) * noise. t = 0 is noise, t = 1 the image, and
 velocity = image - noise points from noise to image.
@@ -32,56 +28,63 @@ MIN_ONE_MINUS_T = 0.1     # the velocity loss weighs by 1 / (1 - t)^2, which has
 MASK_RATIO = 1.0, 0.25, 0.7, 1.0  # mar: mean, std, least and largest share of masked patches, arXiv 2406.11838, appendix B
 MLP_REPEATS = 4           # mar: times and noises for each patch, arXiv 2406.11838, appendix B
 DROP = 0.1                # share of conditions dropped for classifier-free guidance, arXiv 2207.12598
+RANK, WORLD = 0, 1        # of this process; how many share a batch (train.py): the mean of their losses is the loss of the batch
+
+
+def recon_loss(model, encoder, images, train_connector=False, features=None):
+    """RecA, arXiv 2509.07295: -log p(image | what the understanding encoder sees of it). images (B, 3, H, W) -> scalar.
+
+    Nothing on the condition's side gets a gradient: not the encoder, not the connector, not through it the word embeddings,
+    lest words drift to new meanings. `train_connector` lets the last two learn (photographs, where captions taught too little).
+    """
+    with torch.set_grad_enabled(train_connector and torch.is_grad_enabled()):
+        prefix = model.visual_prefix(see(model, encoder, images, features))      # (B, T, D)
+    return image_loss(model, prefix, images)
+
+
+def t2i_loss(model, caption, images):
+    """-log p(image | caption): pre-training. caption (B, T), images (B, 3, H, W) -> scalar."""
+    return image_loss(model, model.text_prefix(caption), images)
+
+
+def see(model, encoder, images, features=None):
+    """Images (B, 3, H, W), or their features where they were computed before -> visual words (B, K, V). The encoder is frozen, always."""
+    with torch.no_grad():                                                        # (B, tokens, D_enc)
+        features = encoder(model.for_encoder(images)).patch_tokens if features is None else features.to(images.dtype)
+    return model.visual_words(features)
+
+
+def image_loss(model, prefix, images):
+    """The model's own image loss after a prefix, with one condition in ten dropped. (B, T, D), (B, 3, H, W) -> scalar."""
+    images = images.repeat_interleave(model.cfg.draws, 0)                        # as MAR does for its head, arXiv 2406.11838
+    return IMAGE_LOSS[model.cfg.paradigm](model, drop_prefix(model, prefix, DROP), images)
+
+
+def text_loss(model, prefix, target):
+    """Next-word cross-entropy; <pad> is not predicted. prefix (B, T, D), target (B, T): <bos> words <eos> <pad>."""
+    words = target[:, 1:]                                                        # (B, T - 1), without <bos>
+    logits = model.text_logits(prefix, words[:, :-1])                            # (B, T - 1, V)
+    return mean_where(words != PAD, F.cross_entropy(logits.transpose(1, 2).float(), words, reduction="none"))
+
+
+def drop_prefix(model, prefix, p):
+    """Each prefix (T, D) of the batch becomes the empty condition with chance p."""
+    null = null_prefix(model)                                                    # (1, T, D)
+    keep = mine(torch.rand(len(prefix) * WORLD, 1, 1, device=prefix.device)) >= p
+    return torch.where(keep, prefix, null.to(prefix.dtype))
+
+
+def null_prefix(model):
+    """The empty condition (1, T, D): <bos> <eos> <pad> ..."""
+    return model.text_prefix(torch.tensor([[BOS, EOS] + [PAD] * (model.cfg.text_len - 2)], device=model.device))
+
 
 # ----------------------------------------------------------------------------------------------------------------------
-# One batch over several processes: each computes its rows, and the mean of their losses is the loss of the whole batch
-
-RANK, WORLD = 0, 1  # of this process; how many (train.py)
-
-
-def mine(rows):
-    """Of random rows drawn for the whole batch, by the same seed in each process, those of this process: how many there are changes nothing."""
-    return rows.chunk(WORLD)[RANK]
-
-
-def mean_where(mask, values):
-    """The mean of the values where mask is true, over the whole batch: processes have unequal numbers of words. Both of one shape."""
-    count = mask.sum()
-    if WORLD > 1:
-        count = collectives.all_reduce(count, "sum", torch.distributed.group.WORLD) / WORLD
-    return (values * mask).sum() / count
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# From a prefix and an image to a scalar
-
-
-def interpolate(image, noise, t):
-    """x_t = t * image + (1 - t) * noise: the straight path of rectified flow (arXiv 2209.03003, eq. 1)."""
-    return t * image + (1 - t) * noise
-
-
-def velocity(x_pred, x_t, t):
-    """v = (x_pred - x_t) / (1 - t): from a predicted image to the velocity (arXiv 2511.13720, eq. 6). t below 1."""
-    return (x_pred - x_t) / (1 - t)
-
-
-def noised(x, per_token, noise_scale):
-    """Clean patches (B, N, P) -> x_t and its t, logit-normal (arXiv 2403.03206): one t an image (B, 1, 1), or a patch (B, N, 1)."""
-    u = torch.rand(len(x) * WORLD, x.shape[1] if per_token else 1, 1, device=x.device)
-    u = mine((u.argsort(0) + torch.rand_like(u)) / len(u))  # one in each of B equal strata: less noise in the gradient, arXiv 2107.00630, I.1
-    t = torch.sigmoid(LOGIT_NORMAL_MEAN + LOGIT_NORMAL_STD * torch.special.ndtri(u.clamp(1e-6, 1 - 1e-6)))
-    noise = mine(torch.randn(len(x) * WORLD, *x.shape[1:], device=x.device, dtype=x.dtype))
-    return interpolate(x, noise * noise_scale, t), t
-
-
-def velocity_error(x_pred, x, t):
-    """(v_pred - v)^2 = (x_pred - x)^2 / (1 - t)^2, its denominator kept off zero (arXiv 2511.13720, eq. 6). (B, N, P)."""
-    return ((x_pred - x) / (1 - t).clamp(min=MIN_ONE_MINUS_T)) ** 2
+# image_loss, by paradigm: prefix (B, T, D), images (B, 3, H, W) in [0, 1] -> scalar
 
 
 def flow_loss(model, prefix, images):
-    """flow: E |v_pred - v|^2 over all patches, all at one time. prefix (B, T, D), images (B, 3, H, W) in [0, 1] -> scalar."""
+    """flow: E |v_pred - v|^2 over all patches, all at one time."""
     x = patchify(images, model.cfg.patch_size)                                   # (B, N, P)
     x_t, t = noised(x, False, model.cfg.noise_scale)
     x_pred = model.predict_image(prefix, x_t, t[:, 0, 0])                        # (B, N, P)
@@ -103,8 +106,7 @@ def mask_loss(model, prefix, images):
     ratio = torch.cos(math.pi / 2 * mine(torch.rand(len(codes) * WORLD, 1, device=codes.device)))
     masked = random_mask(codes.shape[1], ratio)                                  # (B, N)
     logits = model.predict_image(prefix, codes.masked_fill(masked, model.cfg.codes))  # (B, N, C)
-    loss = F.cross_entropy(logits.transpose(1, 2).float(), codes, reduction="none")   # (B, N)
-    return mean_where(masked, loss)
+    return mean_where(masked, F.cross_entropy(logits.transpose(1, 2).float(), codes, reduction="none"))
 
 
 def mar_loss(model, prefix, images):
@@ -122,10 +124,26 @@ def mar_loss(model, prefix, images):
     return mean_where(masked, velocity_error(x_pred, x, t).mean(-1))
 
 
-def cut_normal(u, mean, std, least, most):
-    """Uniform u in (0, 1) -> normal(mean, std) cut to [least, most], by the inverse of its distribution."""
-    low, high = (0.5 + 0.5 * math.erf((end - mean) / std / 2 ** 0.5) for end in (least, most))
-    return mean + std * torch.special.ndtri(low + (high - low) * u)
+IMAGE_LOSS = {"flow": flow_loss, "ar": ar_loss, "mask": mask_loss, "mar": mar_loss}
+
+
+def interpolate(image, noise, t):
+    """x_t = t * image + (1 - t) * noise: the straight path of rectified flow (arXiv 2209.03003, eq. 1)."""
+    return t * image + (1 - t) * noise
+
+
+def velocity_error(x_pred, x, t):
+    """(v_pred - v)^2 with v = (x - x_t) / (1 - t), so (x_pred - x)^2 / (1 - t)^2, its denominator kept off zero (arXiv 2511.13720, eq. 6). (B, N, P)."""
+    return ((x_pred - x) / (1 - t).clamp(min=MIN_ONE_MINUS_T)) ** 2
+
+
+def noised(x, per_token, noise_scale):
+    """Clean patches (B, N, P) -> x_t and its t, logit-normal (arXiv 2403.03206): one t an image (B, 1, 1), or a patch (B, N, 1)."""
+    u = torch.rand(len(x) * WORLD, x.shape[1] if per_token else 1, 1, device=x.device)
+    u = mine((u.argsort(0) + torch.rand_like(u)) / len(u))  # one in each of B equal strata: less noise in the gradient, arXiv 2107.00630, I.1
+    t = torch.sigmoid(LOGIT_NORMAL_MEAN + LOGIT_NORMAL_STD * torch.special.ndtri(u.clamp(1e-6, 1 - 1e-6)))
+    noise = mine(torch.randn(len(x) * WORLD, *x.shape[1:], device=x.device, dtype=x.dtype))
+    return interpolate(x, noise * noise_scale, t), t
 
 
 def random_mask(N, ratio):
@@ -134,97 +152,41 @@ def random_mask(N, ratio):
     return order < (ratio * N).ceil().clamp(min=1)
 
 
-IMAGE_LOSS = {"flow": flow_loss, "ar": ar_loss, "mask": mask_loss, "mar": mar_loss}
+def cut_normal(u, mean, std, least, most):
+    """Uniform u in (0, 1) -> normal(mean, std) cut to [least, most], by the inverse of its distribution."""
+    low, high = (0.5 + 0.5 * math.erf((end - mean) / std / 2 ** 0.5) for end in (least, most))
+    return mean + std * torch.special.ndtri(low + (high - low) * u)
 
 
-def image_loss(model, prefix, images):
-    """The model's own image loss after a prefix, with one condition in ten dropped. (B, T, D), (B, 3, H, W) -> scalar."""
-    images = images.repeat_interleave(model.cfg.draws, 0)                        # as MAR does for its head, arXiv 2406.11838
-    return IMAGE_LOSS[model.cfg.paradigm](model, drop_prefix(model, prefix, DROP), images)
+def mine(rows):
+    """Of random rows drawn for the whole batch, by the same seed in each process, those of this process: how many there are changes nothing."""
+    return rows.chunk(WORLD)[RANK]
 
 
-def null_caption(cfg, device):
-    """The empty condition (1, T): <bos> <eos> <pad> ..."""
-    return torch.tensor([[BOS, EOS] + [PAD] * (cfg.text_len - 2)], device=device)
-
-
-def drop_prefix(model, prefix, p):
-    """Each prefix (T, D) of the batch becomes the empty condition with chance p."""
-    null = model.text_prefix(null_caption(model.cfg, prefix.device))             # (1, T, D)
-    keep = mine(torch.rand(len(prefix) * WORLD, 1, 1, device=prefix.device)) >= p
-    return torch.where(keep, prefix, null.to(prefix.dtype))
+def mean_where(mask, values):
+    """The mean of the values where mask is true, over the whole batch: processes have unequal numbers of words. Both of one shape."""
+    count = mask.sum()
+    if WORLD > 1:
+        count = collectives.all_reduce(count, "sum", torch.distributed.group.WORLD) / WORLD
+    return (values * mask).sum() / count
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The losses of the unified model: left of the bar another prefix, right of it image_loss or text_loss
+# What the condition's side learns from: the connector, the tokenizer, and an encoder from scratch with its throw-away text tower
 
 
-def t2i_loss(model, caption, images):
-    """-log p(image | caption): pre-training. caption (B, T), images (B, 3, H, W)."""
-    return image_loss(model, model.text_prefix(caption), images)
+def words_loss(words, canonical):
+    """-log p(word k of the canonical description | image), mean over the K places. words (B, K, V), canonical (B, T).
 
-
-def recon_loss(model, encoder, images, train_connector=False, features=None):
-    """RecA, arXiv 2509.07295: -log p(image | what the understanding encoder sees of it). images (B, 3, H, W) -> scalar.
-
-    Nothing on the condition's side gets a gradient: not the encoder, not the connector, not through it the word embeddings,
-    lest words drift to new meanings. `train_connector` lets the last two learn (photographs, where captions taught too little).
+    Parallel prediction (CapPa, arXiv 2306.07915, section 3). Not in RecA's paper, whose language models read loose features; a small
+    model's visual words become language by it, so that what RecA teaches after them holds after a prompt too.
     """
-    with torch.set_grad_enabled(train_connector and torch.is_grad_enabled()):
-        prefix = model.visual_prefix(see(model, encoder, images, features))      # (B, T, D)
-    return image_loss(model, prefix, images)
-
-
-def i2t_loss(model, encoder, images, caption, features=None):
-    """-log p(caption | visual words): understanding. images (B, 3, H, W), caption (B, T) -> scalar, visual words (B, K, V).
-
-    Trains the connector where that is not frozen, as it is in all of RecA.
-    """
-    words = see(model, encoder, images, features)                                # (B, K, V)
-    return text_loss(model, model.visual_prefix(words), caption), words
-
-
-def t2t_loss(model, caption, wording):
-    """-log p(wording | caption): the same said in other words. Both (B, T)."""
-    return text_loss(model, model.text_prefix(caption), wording)
-
-
-def text_loss(model, prefix, target):
-    """Next-word cross-entropy; <pad> is not predicted. prefix (B, T, D), target (B, T): <bos> words <eos> <pad>."""
-    words = target[:, 1:]                                                        # (B, T - 1), without <bos>
-    logits = model.text_logits(prefix, words[:, :-1])                            # (B, T - 1, V)
-    return mean_where(words != PAD, F.cross_entropy(logits.transpose(1, 2).float(), words, reduction="none"))
-
-
-def see(model, encoder, images, features=None):
-    """Images (B, 3, H, W), or their features where they were computed before -> visual words (B, K, V). The encoder is frozen, always."""
-    with torch.no_grad():                                                        # (B, tokens, D_enc)
-        features = encoder(model.for_encoder(images)).patch_tokens if features is None else features.to(images.dtype)
-    return model.visual_words(features)
+    return F.nll_loss(words.clamp(min=1e-9).log().flatten(0, 1), canonical[:, 1:].flatten())
 
 
 def entropy(words):
     """H = -sum p log p, in nats, mean over words: low when each visual word is one word, not eight. (B, K, V) -> scalar."""
     return -torch.xlogy(words, words.clamp(min=1e-9)).sum(-1).mean()
-
-
-def words_loss(words, canonical):
-    """-log p(word k of the canonical description | image), mean over the K places: visual words learn to stand like a caption's.
-
-    Parallel prediction, as CapPa has it for an encoder (arXiv 2306.07915, section 3).
-     words (B, K, V), canonical (B, T). Not in the paper, whose models have a language model that reads loose features; with it a small
-    model's visual words become language, so that what RecA teaches after them holds after a prompt too.
-    """
-    return F.nll_loss(words.clamp(min=1e-9).log().flatten(0, 1), canonical[:, 1:].flatten())
-
-
-def tokenizer_loss(model, images):
-    """|decoded - image|^2: the tokenizer of `ar` and `mask` by itself, trained before all else. images (B, 3, H, W)."""
-    return F.mse_loss(model.tokenizer(images)[0], images)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The losses of an understanding encoder from scratch, with a throw-away text tower
 
 
 def caption_loss(logits, caption):
@@ -246,44 +208,36 @@ def contrast_loss(image, text, log_scale, bias):
 
 
 def total_loss(model, encoder, batch, weights, progress=0.0, tower=None, captions="caption", train_connector=False):
-    """The weighted sum of the terms with a positive weight, and each term by itself.
+    """The weighted sum of the terms with a positive weight, and each term by itself: (scalar, {term: scalar}).
 
     batch     {"main", "understand", "replay"}: dictionaries as the data sets make them; a term reads only its own
-    weights   {term: weight}, terms: t2i recon replay i2t words entropy t2t caption contrast tokenizer
+    weights   {term: weight}. RecA itself is {"recon": 1}: it reads batch["main"]["image"] alone
     progress  0 -> 1 over the stage (a tensor, under compile): the weight of `entropy` rises with it
     captions  what t2i reads: "caption" (sparse) or "full" (dense)
-    Returns (scalar, {term: scalar}). RecA itself is {"recon": 1}: it reads batch["main"]["image"] alone.
     """
-    known = ("t2i", "recon", "replay", "i2t", "words", "entropy", "t2t", "caption", "contrast", "tokenizer")
-    assert not weights.keys() - set(known), f"unknown terms {sorted(weights.keys() - set(known))}; known: {known}"
     on = {term for term, weight in weights.items() if weight > 0}
     assert on, f"no term has a positive weight: {weights}"
-    assert not on & {"words", "entropy"} or on & {"i2t", "caption"}, "words and entropy are of visual words that i2t or caption reads: give it a weight too"
     main, understand, replay = (batch.get(name) for name in ("main", "understand", "replay"))
-    parts = {}
-    if "t2i" in on:
-        parts["t2i"] = t2i_loss(model, main[captions], main["image"])
-    if "recon" in on:
-        parts["recon"] = recon_loss(model, encoder, main["image"], train_connector, main.get("features"))
-    if "replay" in on:
-        parts["replay"] = t2i_loss(model, replay["caption"], replay["image"])
-    if "i2t" in on:
-        parts["i2t"], words = i2t_loss(model, encoder, understand["image"], understand["wording"], understand.get("features"))
-    if "t2t" in on:
-        parts["t2t"] = t2t_loss(model, understand["full"], understand["wording"])
-    if on & {"caption", "contrast"}:
+    features = words = text = logits = None
+    if on & {"caption", "contrast"}:                                             # an encoder from scratch learns
         features = encoder(understand["image"])
         text, logits = tower(understand["full"], features.patch_tokens)          # (B, P), (B, T, V)
         words = model.visual_words(features.patch_tokens)                        # (B, K, V)
-        if "caption" in on:
-            parts["caption"] = caption_loss(logits, understand["full"])
-        if "contrast" in on:
-            parts["contrast"] = contrast_loss(features.pooled, text, tower.log_scale, tower.bias)
-    if "words" in on:
-        parts["words"] = words_loss(words, understand["canonical"])
-    if "entropy" in on:
-        parts["entropy"] = entropy(words)
-    if "tokenizer" in on:
-        parts["tokenizer"] = tokenizer_loss(model, main["image"])
+    elif on & {"i2t", "words", "entropy"}:
+        words = see(model, encoder, understand["image"], understand.get("features"))
+    terms = {
+        "t2i": lambda: t2i_loss(model, main[captions], main["image"]),
+        "recon": lambda: recon_loss(model, encoder, main["image"], train_connector, main.get("features")),
+        "replay": lambda: t2i_loss(model, replay["caption"], replay["image"]),
+        "i2t": lambda: text_loss(model, model.visual_prefix(words), understand["wording"]),
+        "t2t": lambda: text_loss(model, model.text_prefix(understand["full"]), understand["wording"]),
+        "caption": lambda: caption_loss(logits, understand["full"]),
+        "contrast": lambda: contrast_loss(features.pooled, text, tower.log_scale, tower.bias),
+        "words": lambda: words_loss(words, understand["canonical"]),
+        "entropy": lambda: entropy(words),
+        "tokenizer": lambda: F.mse_loss(model.tokenizer(main["image"])[0], main["image"]),
+    }
+    assert weights.keys() <= terms.keys(), f"unknown terms {sorted(weights.keys() - terms.keys())}; known: {', '.join(terms)}"
+    parts = {term: value() for term, value in terms.items() if term in on}
     loss = sum(weights[term] * (progress if term == "entropy" else 1) * part for term, part in parts.items())
     return loss, parts  # detached by the caller: of a loss that is its only term, torch.compile would detach both

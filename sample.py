@@ -27,7 +27,7 @@ from tqdm import tqdm
 from data import BOS, EOS, PAD, Vocabulary, decode, to_tensor
 from encoder import ViT, ViTConfig, load_encoder
 from model import ModelConfig, UnifiedModel, unpatchify
-from recon_loss import interpolate, null_caption
+from recon_loss import interpolate, null_prefix
 
 FORMAT = 1          # of a checkpoint, see read_checkpoint
 MAX_BATCH = 128     # images drawn at a time
@@ -170,7 +170,7 @@ def doubled(how, *inputs):
 def read_guided(model, prefix, how):
     """The cache of the prefixes (B, T, D), with guidance followed in the batch by as many empty conditions."""
     if how.cfg_scale != 1:
-        null = model.text_prefix(null_caption(model.cfg, prefix.device))
+        null = null_prefix(model)
         prefix = torch.cat([prefix, null.expand_as(prefix)])                     # (2 B, T, D)
     return model.read_prefix(prefix, room=model.cfg.image_len)
 

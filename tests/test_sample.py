@@ -15,7 +15,7 @@ import sample as S  # noqa: E402
 from data import SPECIALS, Vocabulary  # noqa: E402
 from encoder import ViT, scratch_config  # noqa: E402
 from model import IMAGES, patchify  # noqa: E402
-from recon_loss import null_caption, velocity  # noqa: E402
+from recon_loss import null_prefix  # noqa: E402
 
 WORDS = Vocabulary(SPECIALS + ["a", "red", "star", "circle", "and", "blue", "left", "of", "two"])
 assert len(WORDS) == V
@@ -51,7 +51,7 @@ def test_without_renewal_the_steps_are_eulers():
     predict = lambda x_t, t: (x_t @ weight).tanh() * (1 + t)
     x_t, times = torch.randn(B, N, 48, generator=seeded()) * 2.0, (torch.arange(6) / 5) ** S.TIME_POWER
     for t, t_next in zip(times[:-1], times[1:]):
-        x_t = x_t + (t_next - t) * velocity(predict(x_t, t), x_t, t)
+        x_t = x_t + (t_next - t) * (predict(x_t, t) - x_t) / (1 - t)  # the velocity
     torch.testing.assert_close(S.denoise(predict, x_t.shape, model, how("flow", renew=0.0), 5, seeded()), x_t, atol=1e-4, rtol=1e-4)
 
 
@@ -75,7 +75,7 @@ def test_cached_greedy_codes_equal_uncached(cfg_scale):
     model.tokenizer.decode = lambda codes: drawn.append(codes) or codes
     S.sample_ar(model, prefix, how("ar", cfg_scale=cfg_scale, temperature=0.0), seeded())
     held = torch.full((B, N + 1), C)
-    null = model.text_prefix(null_caption(model.cfg, "cpu")).expand(B, -1, -1)
+    null = null_prefix(model).expand(B, -1, -1)
     for i in range(N):
         cond, uncond = model.predict_image(prefix, held[:, :N])[:, i], model.predict_image(null, held[:, :N])[:, i]
         held[:, i + 1] = (uncond + cfg_scale * (cond - uncond)).argmax(-1)
