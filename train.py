@@ -19,7 +19,6 @@ Stages, in the order of `--stage all`; every one of them is the same loop with o
 `sft` and `reca` both start from the aligned base. The report at the end scores all three on the same prompts and noise.
 """
 import argparse
-import dataclasses
 import difflib
 import fcntl
 import json
@@ -30,8 +29,7 @@ import signal
 import sys
 import time
 import zipfile
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 
@@ -59,7 +57,7 @@ from sample import load_checkpoint, read_checkpoint
 
 
 def option(default, help: str, choices=None):
-    return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
+    return field(default=default, metadata={"help": help, "choices": choices})
 
 
 @dataclass
@@ -110,7 +108,7 @@ class Config:
     entropy: float = option(0.0, "final weight of the visual words' entropy in align: makes them words, not mixtures")
     train_connector: bool = option(False, "let the connector learn in reca, as OpenUni's does")
 
-    device: str = option("auto", "auto, cpu, cuda, cuda:1, ...")
+    device: str = option("auto", "auto: a GPU where there is one; CUDA_VISIBLE_DEVICES chooses among several", ["auto", "cpu", "cuda"])
     dtype: str = option("auto", "of autocast; auto: bfloat16 on a GPU that has it, else float16 there, float32 on a CPU", ["auto", "float32", "bfloat16", "float16"])
     compile: str = option("auto", "torch.compile of the core step; auto: on a GPU (no gain was measured on CPUs)", ["auto", "on", "off"])
     accumulate: int = option(1, "parts of a step's batch that are computed one after the other, to save memory")
@@ -132,10 +130,24 @@ PRESETS["folder"] = PRESETS["cifar10"] = PRESETS["imagenet"]
 LARGE = dict(patch_size=16, width=768, depth=12, heads=12)  # photographs from 128 px on: JiT-B's sizes, arXiv 2511.13720
 SMOKE = dict(encoder_steps=60, pretrain_steps=100, align_steps=40, reca_steps=40, warmup=10, eval_n=24, log_every=10)
 
-
 # What --resume may change; all else is the run's own.
 CHANGEABLE = {"resume", "out_dir", "data_dir", "cache_dir", "device", "dtype", "compile", "accumulate", "checkpoint_activations", "shard", "workers", "save_every", "keep",
               "log_every", "eval_n", "grad_clip", *(f"{s}_{x}" for s in ("encoder", "pretrain", "align", "reca") for x in ("lr", "steps"))}
+
+
+RANK, LOCAL_RANK = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))  # of this process; torchrun sets them
+WORLD, LOCAL_WORLD = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # how many there are; of them on this machine
+
+
+def say(message: str) -> None:
+    if RANK == 0:
+        tqdm.write(message)
+
+
+def fail(message: str):
+    """A user's mistake: one sentence, exit code 2."""
+    print(f"error: {message}" if RANK == 0 else f"error in process {RANK}: {message}", file=sys.stderr)
+    raise SystemExit(2)
 
 
 class Parser(argparse.ArgumentParser):
@@ -148,37 +160,20 @@ class Parser(argparse.ArgumentParser):
         fail(f"{message}{hint} (python {Path(self.prog).name} --help lists the options)")
 
 
-def say(message: str) -> None:
-    if int(os.environ.get("RANK", 0)) == 0:
-        tqdm.write(message)
-
-
-def fail(message: str):
-    """A user's mistake: one sentence, exit code 2."""
-    if int(os.environ.get("RANK", 0)) == 0:
-        print(f"error: {message}", file=sys.stderr)
-    raise SystemExit(2)
-
-
-def read_options(argv) -> dict:
-    """The options that the command line gives."""
+def parse_config(argv) -> tuple[Config, dict]:
+    """Command line over the data set's preset over the defaults; and what the command line gives."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    for f in dataclasses.fields(Config):
+    for f in fields(Config):
         kind = dict(action=argparse.BooleanOptionalAction) if f.type is bool else dict(type=f.type, choices=f.metadata["choices"])
         parser.add_argument(f"--{f.name}", default=argparse.SUPPRESS, help=f"{f.metadata['help']} (default: {f.default})", **kind)
-    return vars(parser.parse_args(argv))
-
-
-def parse_config(argv) -> Config:
-    """Command line over the data set's preset over the defaults."""
-    given = read_options(argv)
-    preset = PRESETS.get(given.get("dataset", "shapes"), {})
+    given = vars(parser.parse_args(argv))
+    preset = PRESETS.get(given.get("dataset"), {})
     large = LARGE if preset and given.get("image_size", 0) >= 128 else {}
-    return Config(**(preset | large | (SMOKE if given.get("smoke") else {}) | given))
+    return Config(**(preset | large | (SMOKE if given.get("smoke") else {}) | given)), given
 
 
 def check(cfg: Config) -> None:
-    """What can be known to be wrong before any work starts."""
+    """What can be known to be wrong before any work starts; what is wrong with images and weights, data.py and encoder.py say."""
     def each(names: str, right, what: str):
         for name in names.split():
             if not right(getattr(cfg, name)):
@@ -190,37 +185,25 @@ def check(cfg: Config) -> None:
     each("t2t i2t replay words entropy weight_decay", lambda x: 0 <= x < math.inf, "a number, at least 0")
     each("decay", lambda x: 0 <= x <= 1, "in [0, 1]")
     each("ema", lambda x: 0 <= x < 1, "in [0, 1)")
-    each("text_len", lambda n: n == TEXT_LEN if cfg.dataset == "shapes" else n >= 3, f"{TEXT_LEN}: its longest caption" if cfg.dataset == "shapes" else "at least 3")
     each("workers", lambda n: n >= -1, "-1 or more")
     each("seed", lambda n: 0 <= n < 2 ** 32, "at least 0 and below 2^32")
-    if cfg.image_size % cfg.patch_size:
-        fail(f"--image_size {cfg.image_size} is not a multiple of --patch_size {cfg.patch_size}")
-    if cfg.paradigm in ("ar", "mask") and cfg.image_size % ModelConfig.code_stride:
-        fail(f"--image_size {cfg.image_size} is not a multiple of {ModelConfig.code_stride}: --paradigm {cfg.paradigm} has a code for so many pixels")
-    if cfg.width % cfg.heads:
-        fail(f"--width {cfg.width} is not a multiple of --heads {cfg.heads}")
-    if cfg.dataset == "shapes" and cfg.image_size % 3:
-        fail(f"--image_size {cfg.image_size} is not a multiple of 3: a scene of shapes is a grid of 3 x 3 cells")
-    if cfg.dataset in ("imagenet", "folder") and not cfg.data_dir and not cfg.bench:
-        fail(f"--dataset {cfg.dataset} needs --data_dir, the folder of its images")
-    if cfg.data_dir and not os.path.isdir(cfg.data_dir) and cfg.dataset != "cifar10":
-        fail(f"--data_dir {cfg.data_dir} is no folder")
-    if cfg.dataset != "shapes" and cfg.encoder == "scratch":
-        fail(f"--dataset {cfg.dataset} needs public weights (--encoder clip-b16, or a path): the scratch encoder learns from the shapes' exact captions")
+    each("batch_size understand_batch side_batch", lambda n: n % (WORLD * cfg.accumulate) == 0, f"a multiple of {WORLD} processes x --accumulate {cfg.accumulate}")
+    each("image_size", lambda n: n % cfg.patch_size == 0, f"a multiple of --patch_size {cfg.patch_size}")
+    each("width", lambda n: n % cfg.heads == 0, f"a multiple of --heads {cfg.heads}")
+    if cfg.paradigm in ("ar", "mask"):
+        each("image_size", lambda n: n % ModelConfig.code_stride == 0, f"a multiple of {ModelConfig.code_stride}: --paradigm {cfg.paradigm} has a code for so many pixels")
+    if cfg.dataset == "shapes":
+        each("image_size", lambda n: n % 3 == 0, "a multiple of 3: a scene of shapes is a grid of 3 x 3 cells")
+        each("text_len", lambda n: n == TEXT_LEN, f"{TEXT_LEN}: its longest caption")
+    else:
+        each("encoder", lambda name: name != "scratch", "public weights (clip-b16, or a path): the scratch encoder learns from the shapes' exact captions")
+        each("text_len", lambda n: n >= 3, "at least 3")
     if cfg.stage in NEEDS and not (cfg.init_from or cfg.resume) and (cfg.stage != "pretrain" or cfg.paradigm in ("ar", "mask")):
         fail(f"--stage {cfg.stage} starts from an earlier stage: give --init_from, a checkpoint of stage {NEEDS[cfg.stage]}")
-    try:
-        device = torch.device("cpu" if cfg.device == "auto" else cfg.device)
-    except RuntimeError:
-        fail(f"--device {cfg.device} is no device: auto, cpu, cuda, cuda:1, ...")
-    if device.type not in ("cpu", "cuda"):
-        fail(f"--device {cfg.device}: only cpu and cuda are supported")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        fail(f"--device {cfg.device}: this machine has {torch.cuda.device_count() or 'no'} CUDA devices that torch can use")
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    each("batch_size understand_batch side_batch", lambda n: n % (world * cfg.accumulate) == 0, f"a multiple of {world} processes x --accumulate {cfg.accumulate}")
-    if cfg.shard and (world == 1 or cfg.stage in ("all", "encoder")):
+    if cfg.shard and (WORLD == 1 or cfg.stage in ("all", "encoder")):
         fail("--shard needs several processes (torchrun --nproc_per_node N train.py ...) and one stage at a time (--stage pretrain, align, sft or reca)")
+    if cfg.device == "cuda" and not torch.cuda.is_available():
+        fail("--device cuda: torch finds no CUDA device on this machine")
     try:
         Path(cfg.out_dir).mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -230,59 +213,44 @@ def check(cfg: Config) -> None:
 # ----------------------------------------------------------------------------------------------------------------------
 # One device-and-dtype policy
 
-
 PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "RTX 4090": 165e12, "RTX 3090": 71e12,
               "V100": 125e12, "T4": 65e12}  # dense, 16 bits, by the makers' data sheets
 
 
-@dataclass
 class Policy:
     """Where the work is done and in which precision; parameters and optimizer stay in float32."""
-    device: torch.device
-    dtype: torch.dtype
-    compile: bool
-    rank: int = 0   # of this process
-    world: int = 1  # processes, started by torchrun
 
-    @classmethod
-    def choose(cls, cfg: Config) -> "Policy":
-        rank, world, local = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if cfg.device == "auto" else cfg.device)
-        cuda = device.type == "cuda"
+    def __init__(self, cfg: Config):
+        cuda = cfg.device == "cuda" or cfg.device == "auto" and torch.cuda.is_available()
+        self.device = torch.device("cuda", LOCAL_RANK) if cuda else torch.device("cpu")
         if cuda:
-            device = torch.device("cuda", local if world > 1 else device.index or 0)
-            torch.cuda.set_device(device)
-        if world > 1 and not dist.is_initialized():
+            torch.cuda.set_device(self.device)
+        if WORLD > 1 and not dist.is_initialized():
             dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
-        recon_loss.RANK, recon_loss.WORLD = rank, world
-        auto = (torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16) if cuda else torch.float32
+        recon_loss.RANK, recon_loss.WORLD = RANK, WORLD
         torch.set_float32_matmul_precision("high" if cuda else "medium")  # TF32; on a CPU: oneDNN in place of MKL, and with
         torch.backends.cuda.enable_flash_sdp(cuda)                        # attention by plain products, a step in 0.70 of the time
-        wanted = cuda if cfg.compile == "auto" else cfg.compile == "on"
-        return cls(device, auto if cfg.dtype == "auto" else getattr(torch, cfg.dtype), wanted and can_compile(device), rank, world)
+        auto = "float32" if not cuda else "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
+        self.dtype = getattr(torch, auto if cfg.dtype == "auto" else cfg.dtype)
+        self.compile = (cuda if cfg.compile == "auto" else cfg.compile == "on") and can_compile(self.device)
+        self.device_name = torch.cuda.get_device_name(self.device) if cuda else f"CPU, {torch.get_num_threads()} threads"
+        self.peak_flops = next((peak for name, peak in PEAK_FLOPS.items() if name in self.device_name), None)  # in 16 bits; None: not known
 
     def autocast(self):
-        return nullcontext() if self.dtype == torch.float32 else torch.autocast(self.device.type, self.dtype)
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     def scaler(self):
         return torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
 
-    def device_name(self) -> str:
-        return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-
-    def peak_flops(self) -> float | None:
-        """What one device can do at best in 16 bits; None where that is not known."""
-        return next((peak for name, peak in PEAK_FLOPS.items() if name in self.device_name()), None)
-
+    def now(self) -> float:
+        """The time, once a GPU has done all that it was given."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.time()
 
     def gigabytes(self) -> float:
         """The most memory that was in use: of the GPU, or of this process."""
         return (torch.cuda.max_memory_allocated() if self.device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024) / 2**30
-
-    def now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.time()
 
 
 def can_compile(device: torch.device) -> bool:
@@ -291,12 +259,27 @@ def can_compile(device: torch.device) -> bool:
         torch.compile(lambda x: (x + 1).cos())(torch.ones(2, device=device))
         return True
     except Exception as error:  # the backend raises nearly anything; uncompiled, all is right but slower
-        say(f"torch.compile does not work here ({(str(error).splitlines() or [type(error).__name__])[0]:.90}): on without it")
+        say(f"torch.compile does not work here ({first_line(error)}): on without it")
         return False
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:90]
+
+
+def over_ranks(x: torch.Tensor, how=dist.ReduceOp.SUM) -> torch.Tensor:
+    if WORLD > 1:
+        dist.all_reduce(x, how)
+    return x
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Stages: which images, which losses, which parameters
+
+STAGES = ["encoder", "pretrain", "align", "sft", "reca"]
+
+# By itself a stage starts from a checkpoint of this stage, or of a later one.
+NEEDS = {"pretrain": "encoder", "align": "pretrain", "sft": "align", "reca": "align"}
 
 # The batches of a step, by role: the split that they come from, and the option that holds their size.
 BATCHES = {
@@ -307,31 +290,26 @@ BATCHES = {
 }
 BATCHES["reca"] = BATCHES["sft"]
 
-# By itself a stage starts from a checkpoint of this stage, or of a later one.
-NEEDS = {"pretrain": "encoder", "align": "pretrain", "sft": "align", "reca": "align"}
-
-# What learns, by the parts of `part_of`; the rest is frozen.
-STAGES = ["encoder", "pretrain", "align", "sft", "reca"]
-TRAINS = {"encoder": {"encoder", "tower", "connector", "tokenizer", "transformer"}, "pretrain": {"transformer"}, "align": {"connector"}, "sft": {"transformer"}, "reca": {"transformer"}}
-
-
-def part_of(name: str) -> str:
-    """The part that a parameter of the run belongs to: encoder, tower, tokenizer, connector or transformer."""
-    top, _, rest = name.partition(".")
-    return top if top != "model" else rest.split(".")[0] if rest.startswith(("tokenizer.", "connector.")) else "transformer"
-
 
 def weights_of(stage: str, cfg: Config) -> dict[str, float]:
     """Loss terms of a stage and their weights. RecA and its control differ in the first term alone."""
-    if stage == "encoder":
-        scratch = float(cfg.encoder == "scratch")
-        return {"caption": scratch, "contrast": 0.25 * scratch, "words": scratch, "t2t": 1.0, "tokenizer": float(cfg.paradigm in ("ar", "mask"))}
-    if stage == "align":
-        return {"i2t": 1.0, "words": cfg.words, "entropy": cfg.entropy}
-    first = "recon" if stage == "reca" else "t2i"
-    if stage == "pretrain":
-        return {first: 1.0, "t2t": cfg.t2t}
-    return {first: 1.0, "i2t": cfg.i2t, "t2t": cfg.t2t, "replay": cfg.replay}
+    scratch, codes = float(cfg.encoder == "scratch"), float(cfg.paradigm in ("ar", "mask"))
+    language = {"i2t": cfg.i2t, "t2t": cfg.t2t, "replay": cfg.replay}
+    return {
+        "encoder": {"caption": scratch, "contrast": 0.25 * scratch, "words": scratch, "t2t": 1.0, "tokenizer": codes},
+        "pretrain": {"t2i": 1.0, "t2t": cfg.t2t},
+        "align": {"i2t": 1.0, "words": cfg.words, "entropy": cfg.entropy},
+        "sft": {"t2i": 1.0} | language,
+        "reca": {"recon": 1.0} | language,
+    }[stage]
+
+
+def learns(stage: str, name: str, cfg: Config) -> bool:
+    """Whether a stage trains the parameter of that name; the rest is frozen."""
+    part = next((part for part in ("encoder.", "tower.", "model.connector.", "model.tokenizer.") if name.startswith(part)), "transformer")
+    if stage == "encoder":  # all, but for public weights: these are frozen for good
+        return cfg.encoder == "scratch" or part in ("model.tokenizer.", "transformer")
+    return part == ("model.connector." if stage == "align" else "transformer") or part == "model.connector." and stage == "reca" and cfg.train_connector
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -346,16 +324,15 @@ class Run:
         torch.manual_seed(cfg.seed)  # on every rank the same: they start with the same weights, and draw the same noise
         self.vocabulary = vocabulary
         self.vocabulary = vocabulary or self.dataset("pretrain").vocabulary
-        encoder = encoder or (ViT(scratch_config(cfg.image_size, cfg.patch_size)) if cfg.encoder == "scratch" else load_encoder(cfg.encoder))
-        width = encoder.cfg.width
-        model = UnifiedModel(ModelConfig(
+        self.encoder = encoder or (ViT(scratch_config(cfg.image_size, cfg.patch_size)) if cfg.encoder == "scratch" else load_encoder(cfg.encoder))
+        self.model = UnifiedModel(ModelConfig(
             paradigm=cfg.paradigm, vocab_size=len(self.vocabulary), text_len=cfg.text_len, image_size=cfg.image_size, patch_size=cfg.patch_size,
-            width=cfg.width, depth=cfg.depth, heads=cfg.heads, encoder_width=width, draws=cfg.draws, encoder_size=cfg.encoder_size, noise_scale=cfg.patch_size / 8))
-        tower = CaptionTower(len(self.vocabulary), cfg.text_len, 128, width)
-        self.parts = nn.ModuleDict({"encoder": encoder, "tower": tower, "model": model}).to(policy.device)
-        self.encoder, self.tower, self.model = encoder, tower, model
+            width=cfg.width, depth=cfg.depth, heads=cfg.heads, encoder_width=self.encoder.cfg.width, draws=cfg.draws, encoder_size=cfg.encoder_size,
+            noise_scale=cfg.patch_size / 8))
+        tower = CaptionTower(len(self.vocabulary), cfg.text_len, 128, self.encoder.cfg.width)
+        self.parts = nn.ModuleDict({"encoder": self.encoder, "tower": tower, "model": self.model}).to(policy.device)
         if cfg.checkpoint_activations:
-            for block in model.blocks:
+            for block in self.model.blocks:
                 block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
         self.average: dict[str, torch.Tensor] = {}  # of what learns in the model, in a stage with --ema
         self.seconds: dict[str, float] = {}         # by stage
@@ -372,14 +349,11 @@ class Run:
                 return self.encoder(self.model.for_encoder(images.to(self.policy.device))).patch_tokens
 
         identity = encoder_identity(self.encoder, self.cfg.encoder_size, self.policy.dtype)
-        rank, world = (int(os.environ.get(name, default)) for name, default in (("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)))
-        return cache_features(self.dataset(split), encode, identity, self.cfg.cache_dir, self.workers, rank, world)
+        return cache_features(self.dataset(split), encode, identity, self.cfg.cache_dir, self.workers, LOCAL_RANK, LOCAL_WORLD)
 
     def parameters_of(self, stage: str) -> dict[str, nn.Parameter]:
         """Freezes all but what the stage trains, and returns that by name."""
-        learns = TRAINS[stage] | ({"connector"} if stage == "reca" and self.cfg.train_connector else set())
-        learns -= {"encoder", "tower", "connector"} if stage == "encoder" and self.cfg.encoder != "scratch" else set()
-        chosen = {name: p.requires_grad_(part_of(name) in learns) for name, p in self.parts.named_parameters()}
+        chosen = {name: p.requires_grad_(learns(stage, name, self.cfg)) for name, p in self.parts.named_parameters()}
         return {name: p for name, p in chosen.items() if p.requires_grad}
 
     def checkpoint(self, stage: str, step: int) -> dict:
@@ -393,14 +367,10 @@ class Run:
         """Takes over the weights of a checkpoint of the same sizes and words, to begin `stage`; anything else is a user's mistake."""
         saved = read_checkpoint(path)
         try:
-            mine, theirs = asdict(self.model.cfg), saved["model_config"] | {"draws": self.model.cfg.draws}
-            differ = [f"{k} is {theirs.get(k)} there and {mine[k]} here" for k in mine if theirs.get(k) != mine[k]]
-            if saved["vocabulary"] != self.vocabulary.words:
-                differ.append("it was trained on other words")
-            if saved["encoder"]["name"] != self.cfg.encoder:
-                differ.append(f"encoder is {saved['encoder']['name']} there and {self.cfg.encoder} here")
-            if differ:
-                fail(f"the checkpoint {path} is of another configuration: {'; '.join(differ)}")
+            theirs = saved["model_config"] | {"words": saved["vocabulary"], "encoder": saved["encoder"]["name"]}
+            mine = asdict(self.model.cfg) | {"words": self.vocabulary.words, "encoder": self.cfg.encoder}
+            if differ := [k for k in mine if theirs.get(k) != mine[k] and k != "draws"]:
+                fail(f"the checkpoint {path} is of another configuration: " + "; ".join(f"{k} is {str(theirs.get(k)):.60} there and {str(mine[k]):.60} here" for k in differ))
             if stage in NEEDS and STAGES.index(saved["stage"]) < STAGES.index(NEEDS[stage]):
                 fail(f"the checkpoint {path} is of stage {saved['stage']}, and --stage {stage} starts from {NEEDS[stage]}: train that stage first")
             self.model.load_state_dict(saved["ema"] or saved["model"])
@@ -411,46 +381,51 @@ class Run:
 
     def save_state(self, stage: str, step: int, optimizers, scaler, history: list) -> None:
         """All that --resume needs to go on to the bit. (Python's and NumPy's generators are not used; a batch depends on seed and step alone.)"""
-        cuda = [torch.cuda.get_rng_state()] if self.policy.device.type == "cuda" else []
         state = self.checkpoint(stage, step) | {
             "parts": whole(self.parts.state_dict()), "average": whole(self.average), "optimizers": [whole(o.state_dict()) for o in optimizers],
-            "scaler": scaler.state_dict(), "rng": {"cpu": torch.get_rng_state(), "cuda": cuda}, "history": history, "seconds": self.seconds}
-        self.save(state, f"state-{STAGES.index(stage)}-{stage}-{step:07}.pt")
-        if self.policy.rank == 0:
-            for old in find_states(self.out)[self.cfg.keep:]:
-                old.unlink()
+            "scaler": scaler.state_dict(), "rng": {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state() if self.policy.device.type == "cuda" else None},
+            "history": history, "seconds": self.seconds}
+        save(state, self.out / f"state-{STAGES.index(stage)}-{stage}-{step:07}.pt")
+        for old in find_states(self.out)[self.cfg.keep:] if RANK == 0 else ():
+            old.unlink()
 
-    def save(self, state: dict, name: str) -> None:
-        """By the first rank alone; the others wait for it."""
-        if self.policy.rank == 0:
-            save(state, self.out / name)
-        if self.policy.world > 1:
-            dist.barrier()
+    def restore(self, saved: dict, optimizers, scaler) -> list[torch.Tensor]:
+        """Puts back what save_state saved beside the weights; returns the history since the last log line."""
+        for name, value in saved["average"].items():
+            self.average[name].copy_(like(value, self.average[name]))
+        for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
+            for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"]):
+                for k, v in state["state"].get(i, {}).items():
+                    state["state"][i][k] = like(v, p) if v.shape == p.shape else v
+            optimizer.load_state_dict(state)
+        if scaler.is_enabled() and saved["scaler"]:
+            scaler.load_state_dict(saved["scaler"])
+        torch.set_rng_state(saved["rng"]["cpu"])
+        if saved["rng"]["cuda"] is not None and self.policy.device.type == "cuda":
+            torch.cuda.set_rng_state(saved["rng"]["cuda"])
+        return saved["history"]
 
     def log(self, stage: str, step: int, steps: int, means: dict, lr: float, rate: float, flops: float, tokens: int) -> None:
         """One aligned line for people, one line of log.jsonl for programs. rate: steps a second; flops, tokens: of this process in a step."""
-        if self.policy.rank:
+        if RANK:
             return
-        speed = {"images_per_second": rate * self.cfg.batch_size, "tokens_per_second": rate * tokens * self.policy.world}
-        text = f"{speed['images_per_second']:.0f} img/s {speed['tokens_per_second'] / 1000:.1f}k tok/s"
-        if peak := self.policy.peak_flops():
-            speed["mfu"] = rate * flops / peak
-            text += f" MFU {speed['mfu']:.1%}"
-        speed["gigabytes"] = self.policy.gigabytes()
+        images, tokens, memory = rate * self.cfg.batch_size, rate * tokens * WORLD, self.policy.gigabytes()
+        mfu = rate * flops / self.policy.peak_flops if self.policy.peak_flops else None
         terms = " ".join(f"{term} {value:.4f}" for term, value in means.items() if term != "grad_norm")
-        say(f"{stage:8} {step:{len(str(steps))}}/{steps} | {terms} | lr {lr:.1e} | gnorm {means['grad_norm']:.2f} | {text} | {speed['gigabytes']:.1f} GB")
+        say(f"{stage:8} {step:{len(str(steps))}}/{steps} | {terms} | lr {lr:.1e} | gnorm {means['grad_norm']:.2f} | "
+            f"{images:.0f} img/s {tokens / 1000:.1f}k tok/s{f' MFU {mfu:.1%}' if mfu else ''} | {memory:.1f} GB")
+        entry = {"stage": stage, "step": step, **means, "lr": lr, "images_per_second": images, "tokens_per_second": tokens, "mfu": mfu, "gigabytes": memory}
         with open(self.out / "log.jsonl", "a") as file:
-            file.write(json.dumps({"stage": stage, "step": step, **means, "lr": lr, **speed}) + "\n")
+            file.write(json.dumps(entry) + "\n")
 
-    def require_finite(self, stage: str, done: int, names: list[str], history: list[list[float]]) -> None:
+    def require_finite(self, stage: str, first: int, terms: list[str], history: list[list[float]]) -> None:
         """Before anything is logged or saved: a step whose loss is no number ends the run, and the states before it stay."""
-        if self.policy.dtype == torch.float16:
-            names = names[:-1]  # the scaler skips a step whose gradient is not finite
-        for i, values in enumerate(history):
-            if wrong := [f"{name} is {value}" for name, value in zip(names, values) if not math.isfinite(value)]:
-                states, name = find_states(self.out), "reca" if stage == "sft" else stage
-                fail(f"{', '.join(wrong)} at step {done - len(history) + 1 + i} of stage {stage}; the last good state is {states[0] if states else 'the start'}: "
-                     f"go on from it with --resume --out_dir {self.out} --{name}_lr {getattr(self.cfg, f'{name}_lr') / 2:g}")
+        for step, values in enumerate(history, first):
+            wrong = [f"{term} is {value}" for term, value in zip(terms, values) if not math.isfinite(value)]
+            if wrong and not (self.policy.dtype == torch.float16 and wrong[0].startswith("grad_norm")):  # there the scaler skips the step
+                states, rate = find_states(self.out), f"{'reca' if stage == 'sft' else stage}_lr"
+                fail(f"{', '.join(wrong)} at step {step} of stage {stage}; the last good state is {states[0] if states else 'the start'}: "
+                     f"go on from it with --resume --out_dir {self.out} --{rate} {getattr(self.cfg, rate) / 2:g}")
 
 
 def whole(state):
@@ -464,17 +439,37 @@ def like(value, other):
 
 
 def save(state: dict, path: Path) -> None:
-    """Atomic: a reader finds the old file or the new one, whole, whatever happens in between."""
+    """By the first rank alone, the others wait for it. Atomic: a reader finds the old file or the new one, whole, whatever happens in between."""
     temporary = path.with_name(path.name + ".tmp")
     try:
-        with open(temporary, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        if RANK == 0:
+            with open(temporary, "wb") as file:
+                torch.save(state, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
         temporary.unlink(missing_ok=True)
-        fail(f"{path} could not be written ({(str(error).splitlines() or [''])[0]:.90}); what was saved before is whole: free some space, and go on with --resume")
+        fail(f"{path} could not be written ({first_line(error)}); what was saved before is whole: free some space, and go on with --resume")
+    if WORLD > 1:
+        dist.barrier()
+
+
+def find_states(out: Path) -> list[Path]:
+    """The states of a run, the newest first: their names are in the order of stages and steps."""
+    return sorted(out.glob("state-*.pt"), reverse=True)
+
+
+def read_state(out: Path) -> dict | None:
+    """The newest good state of a run; None if it was stopped before the first."""
+    for path in find_states(out):
+        try:
+            with zipfile.ZipFile(path) as file:
+                if broken := file.testzip():  # torch.load does not look at the checksums
+                    raise ValueError(f"checksum of {broken}")
+            return torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # a damaged file can raise nearly anything; the one before it is the answer
+            say(f"{path} is damaged ({type(error).__name__}), taking the one before it")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -483,12 +478,15 @@ def save(state: dict, path: Path) -> None:
 
 def make_optimizers(chosen: dict[str, nn.Parameter], cfg: Config) -> list[torch.optim.Optimizer]:
     """Muon (torch.optim, arXiv 2502.16982) for the matrices of the blocks, AdamW for embeddings, heads, norms and the rest."""
-    matrices = [p for name, p in chosen.items() if p.ndim == 2 and "blocks." in name]
-    rest = [p for name, p in chosen.items() if not (p.ndim == 2 and "blocks." in name)]
-    made = [torch.optim.AdamW(rest, betas=(0.9, 0.95), weight_decay=cfg.weight_decay, fused=True)]
-    if matrices:
-        made.append(torch.optim.Muon(matrices, weight_decay=cfg.weight_decay, adjust_lr_fn="match_rms_adamw"))
-    return made
+    matrices = {name: p for name, p in chosen.items() if p.ndim == 2 and "blocks." in name}
+    rest = [p for name, p in chosen.items() if name not in matrices]
+    adamw = torch.optim.AdamW(rest, betas=(0.9, 0.95), weight_decay=cfg.weight_decay, fused=True)
+    return [adamw, torch.optim.Muon(matrices.values(), weight_decay=cfg.weight_decay, adjust_lr_fn="match_rms_adamw")] if matrices else [adamw]
+
+
+def set_lr(optimizers: list, lr: float) -> None:
+    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+        group["lr"] = lr
 
 
 def learning_rate(step: int, steps: int, peak: float, cfg: Config) -> float:
@@ -532,7 +530,7 @@ def prepare(core: Core, policy: Policy, shard: bool) -> nn.Module:
     if policy.compile:
         core.compile(dynamic=False)
     ids = [policy.device.index] if policy.device.type == "cuda" else None
-    return DistributedDataParallel(core, device_ids=ids, static_graph=True) if policy.world > 1 else core
+    return DistributedDataParallel(core, device_ids=ids, static_graph=True) if WORLD > 1 else core
 
 
 def update(core, batch: dict, progress, optimizers: list, scaler, policy: Policy, cfg: Config) -> dict[str, torch.Tensor]:
@@ -555,61 +553,23 @@ def update(core, batch: dict, progress, optimizers: list, scaler, policy: Policy
     return sums | {"grad_norm": grad_norm}
 
 
-def to_device(batch: dict, device) -> dict:
-    return {role: {k: v.to(device, non_blocking=True) for k, v in part.items()} for role, part in batch.items()}
-
-
 def part_of_batch(batch: dict, i: int, n: int) -> dict:
     return {role: {k: v.chunk(n)[i] for k, v in part.items()} for role, part in batch.items()}
 
 
 def next_batch(streams: dict, device) -> dict:
-    return to_device({role: next(stream) for role, stream in streams.items()}, device)
-
-
-def mean_of_ranks(values: torch.Tensor, world: int) -> torch.Tensor:
-    if world > 1:
-        dist.all_reduce(values)
-    return values / world
-
-
-def restore(saved: dict, average: dict, optimizers: list, scaler) -> list[torch.Tensor]:
-    """Puts back all that decides the rest of a stage, to the bit; returns the history since the last log line."""
-    for name, value in saved["average"].items():
-        average[name].copy_(like(value, average[name]))
-    for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
-        for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"]):
-            for k, v in state["state"].get(i, {}).items():
-                state["state"][i][k] = like(v, p) if v.shape == p.shape else v
-        optimizer.load_state_dict(state)
-    if scaler.is_enabled() and saved["scaler"]:
-        scaler.load_state_dict(saved["scaler"])
-    torch.set_rng_state(saved["rng"]["cpu"])
-    if saved["rng"]["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state(saved["rng"]["cuda"][0])
-    return saved["history"]
+    return {role: {k: v.to(device, non_blocking=True) for k, v in next(stream).items()} for role, stream in streams.items()}
 
 
 class Interrupt:
-    """SIGINT and SIGTERM in a stage ask for a stop after the step in progress; a second one, or one elsewhere, stops at once."""
+    """SIGINT and SIGTERM in a stage ask for a stop after the step in progress; elsewhere they stop at once, as a second one does: not under
+    torchrun, which passes on to its processes what they got from the terminal already."""
+    asked, training = 0, False
 
-    def __init__(self):
-        self.asked, self.training = 0, False
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.ask)
-
-    def ask(self, number, frame):
-        if self.asked or not self.training:
+    def __call__(self, number, frame):
+        if not self.training or self.asked and WORLD == 1:
             raise SystemExit(128 + number)
         self.asked = number
-
-    def agreed(self, world: int) -> int:
-        """The signal, if any process got one: all of them have to stop after the same step."""
-        if world > 1:
-            asked = torch.tensor(self.asked)
-            dist.all_reduce(asked, dist.ReduceOp.MAX)
-            self.asked = int(asked)
-        return self.asked
 
 
 def train_stage(run: Run, stage: str, interrupt: Interrupt, saved: dict | None = None) -> None:
@@ -621,7 +581,7 @@ def train_stage(run: Run, stage: str, interrupt: Interrupt, saved: dict | None =
     seed, start = cfg.seed * 1000 + STAGES.index(name) * 10, saved["step"] if saved else 0
     seen = ("main", "understand") if cfg.cache_features and stage in ("align", "sft", "reca") else ()  # in sft: to see the very same images
     datasets = {role: run.cached(split) if role in seen else run.dataset(split) for role, (split, _) in BATCHES[stage].items()}
-    streams = {role: batches(datasets[role], getattr(cfg, size), seed + i, start, run.workers, str(run.out / "bad_images.txt"), policy.rank, policy.world)
+    streams = {role: batches(datasets[role], getattr(cfg, size), seed + i, start, run.workers, str(run.out / "bad_images.txt"), RANK, WORLD)
                for i, (role, (_, size)) in enumerate(BATCHES[stage].items())}
     if not run.parameters_of(stage) or not weights:
         return  # public weights, no tokenizer: nothing to train
@@ -634,27 +594,22 @@ def train_stage(run: Run, stage: str, interrupt: Interrupt, saved: dict | None =
     averaged = {name.removeprefix("model."): p for name, p in chosen.items() if name.startswith("model.") and cfg.ema}
     run.average = {name: p.detach().clone() for name, p in averaged.items()}
     torch.manual_seed(seed)
-    history = []  # of the steps since the last log line: the terms of the loss, and the norm of the gradient
-    if saved:
-        history = restore(saved, run.average, optimizers, scaler)
+    history = run.restore(saved, optimizers, scaler) if saved else []  # of the steps since the last log line: terms of the loss, norm of the gradient
 
     clock, clocked, before = time.time(), start, run.seconds.get(stage, 0) - time.time()
     interrupt.training = True
-    for step in tqdm(range(start, steps), desc=stage, initial=start, total=steps, leave=False, disable=policy.rank > 0 or None):
-        lr = learning_rate(step, steps, peak, cfg)
-        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-            group["lr"] = lr
+    for step in tqdm(range(start, steps), desc=stage, initial=start, total=steps, leave=False, disable=RANK > 0 or None):
+        set_lr(optimizers, lr := learning_rate(step, steps, peak, cfg))
         parts = update(core, batch, torch.tensor(step / steps, device=policy.device), optimizers, scaler, policy, cfg)
         batch = next_batch(streams, policy.device)  # while a GPU still computes
         history.append(torch.stack(list(parts.values())))
-        if cfg.ema:
-            for name, p in averaged.items():
-                run.average[name].lerp_(p.detach(), 1 - min(cfg.ema, (1 + step) / (10 + step)))  # short at first
-        done, stop = step + 1, interrupt.agreed(policy.world)
+        for name, p in averaged.items():
+            run.average[name].lerp_(p.detach(), 1 - min(cfg.ema, (1 + step) / (10 + step)))  # short at first
+        done, stop = step + 1, int(over_ranks(torch.tensor(interrupt.asked), dist.ReduceOp.MAX))  # all ranks stop after the same step
         log, keep = done % cfg.log_every == 0 or done == steps, done % cfg.save_every == 0 or done == steps or stop
         if log or keep:  # the only places where the GPU is waited for
-            history = list(mean_of_ranks(torch.stack([line.to(policy.device) for line in history]), policy.world).cpu())
-            run.require_finite(stage, done, list(parts), [line.tolist() for line in history])
+            history = list((over_ranks(torch.stack([line.to(policy.device) for line in history])) / WORLD).cpu())
+            run.require_finite(stage, done - len(history) + 1, list(parts), [line.tolist() for line in history])
         if log:
             means = dict(zip(parts, torch.stack(history).mean(0).tolist()))
             run.log(stage, done, steps, means, lr, (done - clocked) / (time.time() - clock), flops, tokens)
@@ -667,7 +622,7 @@ def train_stage(run: Run, stage: str, interrupt: Interrupt, saved: dict | None =
             raise SystemExit(128 + stop)
     interrupt.training = False
     run.parts.eval()
-    run.save(run.checkpoint(stage, steps), f"{'pretrain' if stage == 'align' else stage}.pt")
+    save(run.checkpoint(stage, steps), run.out / f"{'pretrain' if stage == 'align' else stage}.pt")
     for name, p in averaged.items():  # what samples is what the next stage starts from
         p.data.copy_(run.average[name])
     run.average = {}
@@ -677,58 +632,39 @@ def train_stage(run: Run, stage: str, interrupt: Interrupt, saved: dict | None =
 # From the command line to the report
 
 
-def find_states(out: Path) -> list[Path]:
-    """The states of a run, the newest first: their names are in the order of stages and steps."""
-    return sorted(out.glob("state-*.pt"), reverse=True)
-
-
-def read_state(out: Path) -> dict | None:
-    """The newest good state of a run; None if it was stopped before the first."""
-    for path in find_states(out):
-        try:
-            with zipfile.ZipFile(path) as file:
-                if broken := file.testzip():  # torch.load does not look at the checksums
-                    raise ValueError(f"checksum of {broken}")
-            return torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # a damaged file can raise nearly anything; the one before it is the answer
-            say(f"{path} is damaged ({type(error).__name__}), taking the one before it")
-
-
 def claim(out: Path):
     """One run a folder: `run.json`, locked until this process ends, however it ends. Returns the open file and what it says of the run before."""
     file = open(out / "run.json", "a+")
     try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if RANK == 0:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        file.seek(0)
+        return file, json.load(file)
     except OSError:
         fail(f"another run is at work in {out}: wait for it, or give another --out_dir")
-    file.seek(0)
-    try:
-        return file, json.load(file)
     except ValueError:
         return file, {}  # new, or stopped while it was written
 
 
 def note(file, cfg: Config, finished: bool) -> None:
-    file.truncate(0)
-    file.write(json.dumps({"finished": finished, "config": asdict(cfg)}))
-    file.flush()
+    if RANK == 0:
+        file.truncate(0)
+        file.write(json.dumps({"finished": finished, "config": asdict(cfg)}))
+        file.flush()
 
 
-def trim_log(path: Path, limits: dict[str, int]) -> None:
-    """Takes out the lines that a run is about to write: those of the given stages after the given steps, and half a line."""
-    kept = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            entry = json.loads(line)
-            kept += [line] if entry["step"] <= limits.get(entry["stage"], entry["step"]) else []
-        except (ValueError, KeyError):
-            pass
-    path.with_suffix(".tmp").write_text("".join(line + "\n" for line in kept))
+def trim_log(path: Path, stages: list[str], step: int) -> None:
+    """Takes out what a run is about to write: lines of `stages`, in the first of them those after `step`; and half a line."""
+    lines = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")] if path.exists() else []
+    kept = [line for line in lines if line["stage"] not in stages or line["stage"] == stages[0] and line["step"] <= step]
+    path.with_suffix(".tmp").write_text("".join(json.dumps(line) + "\n" for line in kept))
     os.replace(path.with_suffix(".tmp"), path)
 
 
-def resumed(cfg: Config, given: dict, theirs: dict) -> Config:
+def resumed(cfg: Config, given: dict, theirs: dict | None) -> Config:
     """The settings of the run that is resumed: its own, but for what --resume may change."""
+    if not theirs:
+        fail(f"--resume: there is nothing of a run in {cfg.out_dir}; leave --resume out to start one")
     for name in given.keys() - CHANGEABLE:
         if given[name] != theirs.get(name, given[name]):
             fail(f"--{name} {given[name]}: the run in {cfg.out_dir} has {theirs[name]}, and --resume goes on with that; leave the option out, "
@@ -745,41 +681,38 @@ def report(run: Run, names: list[str]) -> None:
     photos = None if cfg.dataset == "shapes" else run.dataset("test")
     for name, loaded in zip(names, checkpoints):
         scores = evaluate.photographs(loaded, photos, cfg.eval_n, cfg.seed) if photos else evaluate.evaluate(loaded, cfg.eval_n, cfg.seed)
-        results[name] = scores | {"steps": loaded.step, "seconds": run.seconds, "device": run.policy.device_name(), "seed": cfg.seed, "settings": asdict(cfg)}
+        results[name] = scores | {"steps": loaded.step, "seconds": run.seconds, "device": run.policy.device_name, "seed": cfg.seed, "settings": asdict(cfg)}
     (run.out / "results.json").write_text(json.dumps(results, indent=1))
     print(evaluate.table(results))
-    if photos:
-        evaluate.compare_photographs(checkpoints, names, photos, run.out / "compare.png", cfg.seed)
-    else:
-        evaluate.compare(checkpoints, names, run.out / "compare.png", cfg.seed)
+    compare = partial(evaluate.compare_photographs, dataset=photos) if photos else evaluate.compare
+    compare(checkpoints, names, path=run.out / "compare.png", seed=cfg.seed)
     print(f"{run.out}/results.json, {run.out}/compare.png and {run.out}/log.jsonl are written; training took {sum(run.seconds.values()) / 60:.1f} minutes")
 
 
 def bench(cfg: Config, steps: int = 20) -> None:
     """Speed of RecA's core step on random images and words: eager and compiled, in both precisions. JSON on stdout and in OUT/bench.json."""
-    rows = []
+    rows, photographs = [], cfg.dataset != "shapes"  # their encoder has CLIP-B/16's sizes, and their vocabulary ImageNet's: no weights needed
+    vocabulary = Vocabulary(SPECIALS + [str(i) for i in range(2000)]) if photographs else None
+    clip = ViTConfig(image_size=224, patch_size=16, width=768, depth=12, heads=12, mlp_width=3072)
     for dtype, compiled in ((d, c) for d in ("float32", "bfloat16") for c in ("off", "on")):
-        policy = Policy.choose(dataclasses.replace(cfg, dtype=dtype, compile=compiled))
+        policy = Policy(replace(cfg, dtype=dtype, compile=compiled))
         if compiled == "on" and not policy.compile:
             continue
-        shapes = cfg.dataset == "shapes"  # photographs: an encoder of CLIP-B/16's sizes and a vocabulary of ImageNet's, no weights needed
-        run = Run(cfg, policy, make_dataset("shapes", "reca").vocabulary if shapes else Vocabulary(SPECIALS + [str(i) for i in range(2000)]),
-                  None if shapes else ViT(ViTConfig(image_size=224, patch_size=16, width=768, depth=12, heads=12, mlp_width=3072)))
-        core, chosen = Core(run, "reca", {"recon": 1.0}), run.parameters_of("reca")
+        run = Run(cfg, policy, vocabulary, ViT(clip) if photographs else None)
+        core, optimizers, scaler = Core(run, "reca", {"recon": 1.0}), make_optimizers(run.parameters_of("reca"), cfg), policy.scaler()
         batch = {"main": {"image": torch.rand(cfg.batch_size, 3, cfg.image_size, cfg.image_size, device=policy.device)}}
         flops, tokens = cost(core, batch, policy, cfg)
-        optimizers, scaler, progress, core = make_optimizers(chosen, cfg), policy.scaler(), torch.zeros((), device=policy.device), prepare(core, policy, False)
-        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-            group["lr"] = 1e-4
-        for step in range(5 + steps):
-            if step == 5:  # after warm-up
+        core, progress = prepare(core, policy, False), torch.zeros((), device=policy.device)
+        set_lr(optimizers, 1e-4)
+        for step in range(-5, steps):
+            if step == 0:  # the steps before were to warm up
                 began = policy.now()
             update(core, batch, progress, optimizers, scaler, policy, cfg)
-        rate, peak = steps / (policy.now() - began), policy.peak_flops()
+        rate, peak = steps / (policy.now() - began), policy.peak_flops
         rows.append({"dtype": dtype, "compiled": compiled == "on", "steps_per_second": rate, "images_per_second": rate * cfg.batch_size,
                      "tokens_per_second": rate * tokens, "teraflops_per_second": rate * flops / 1e12, "mfu": rate * flops / peak if peak else None,
                      "gigabytes": policy.gigabytes()})
-    text = json.dumps({"device": policy.device_name(), "parameters": sum(p.numel() for p in run.model.parameters()), "image_size": cfg.image_size,
+    text = json.dumps({"device": policy.device_name, "parameters": sum(p.numel() for p in run.model.parameters()), "image_size": cfg.image_size,
                        "batch_size": cfg.batch_size, "draws": cfg.draws, "paradigm": cfg.paradigm, "torch": torch.__version__, "rows": rows}, indent=1)
     (run.out / "bench.json").write_text(text)
     print(text)
@@ -787,54 +720,52 @@ def bench(cfg: Config, steps: int = 20) -> None:
 
 def train(cfg: Config, given: dict) -> None:
     interrupt, out, saved = Interrupt(), Path(cfg.out_dir), None
-    first = int(os.environ.get("RANK", 0)) == 0
-    if not out.is_dir():
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, interrupt)
+    if cfg.resume and not (out / "run.json").exists():
         fail(f"--resume: there is no run in {out}; leave --resume out to start one")
-    file, before = claim(out) if first else (None, json.loads((out / "run.json").read_text() or "{}") if cfg.resume else {})
+    file, before = claim(out)
     if cfg.resume:
         saved = read_state(out)
-        if not saved and not before:
-            fail(f"--resume: there is no run in {out}; leave --resume out to start one")
-        cfg = resumed(cfg, given, saved["config"] if saved else before["config"])
+        cfg = resumed(cfg, given, (saved or before).get("config"))
         check(cfg)
     elif before and not before["finished"] and find_states(out):
         fail(f"{out} holds a run that has not ended ({find_states(out)[0].name}): go on with it (--resume --out_dir {out}), give another --out_dir, or remove it")
+    if not before:
+        note(file, cfg, finished=False)  # at once: --resume finds it there, however soon this process is killed
+    policy = Policy(cfg)
+    run = Run(cfg, policy)
     stages = STAGES if cfg.stage == "all" else [cfg.stage]
     if saved:
         stages = stages[stages.index(saved["stage"]):]
-    policy = Policy.choose(cfg)
-    run = Run(cfg, policy)
-    if saved:
         run.parts.load_state_dict(saved["parts"])
         run.seconds = saved["seconds"]
     elif cfg.init_from:
         run.load(cfg.init_from, cfg.stage)
-    if first:
-        if before and not cfg.resume:
-            say(f"{out} holds a finished run: what this one makes takes its place")
-            for old in find_states(out):
-                old.unlink()
-        note(file, cfg, finished=False)
-        trim_log(out / "log.jsonl", {stage: 0 for stage in stages} | ({stages[0]: saved["step"]} if saved else {}))
-    parameters = sum(p.numel() for p in run.model.parameters()) / 1e6
-    say(f"{cfg.dataset}, {cfg.paradigm}: {parameters:.2f} M parameters, encoder {cfg.encoder}, on {policy.world} x {policy.device_name()} in {policy.dtype}"
-        f"{', compiled' if policy.compile else ''}, {run.workers} loader processes")
+    if before and before["finished"] and not cfg.resume:
+        say(f"{out} holds a finished run: what this one makes takes its place")
+    if RANK == 0:
+        for old in [*out.glob("*.pt.tmp"), *(() if cfg.resume else find_states(out))]:
+            old.unlink()
+        trim_log(out / "log.jsonl", stages, saved["step"] if saved else 0)
+    note(file, cfg, finished=False)
+    say(f"{cfg.dataset}, {cfg.paradigm}: {sum(p.numel() for p in run.model.parameters()) / 1e6:.2f} M parameters, encoder {cfg.encoder}, on {WORLD} x "
+        f"{policy.device_name} in {policy.dtype}{', compiled' if policy.compile else ''}, {run.workers} loader processes")
     for stage in stages:
         middle = saved if saved and saved["stage"] == stage else None
         if stage in ("sft", "reca") and cfg.stage == "all" and not middle:
             run.load(out / "pretrain.pt", stage)  # both start from the aligned base
         train_stage(run, stage, interrupt, middle)
-    if first:
-        if scored := {"all": ["pretrain", "sft", "reca"], "encoder": [], "align": ["pretrain"]}.get(cfg.stage, [cfg.stage]):
-            report(run, scored)
-        note(file, cfg, finished=True)
-    if policy.world > 1:
+    scored = {"all": ["pretrain", "sft", "reca"], "encoder": [], "align": ["pretrain"]}.get(cfg.stage, [cfg.stage])
+    if RANK == 0 and scored:
+        report(run, scored)
+    note(file, cfg, finished=True)
+    if WORLD > 1:
         dist.destroy_process_group()
 
 
 def main(argv=None) -> None:
-    given = read_options(argv)
-    cfg = parse_config(argv)
+    cfg, given = parse_config(argv)
     try:
         if not cfg.resume:
             check(cfg)
@@ -844,7 +775,7 @@ def main(argv=None) -> None:
     except OSError as error:
         fail(f"{error}; what was saved before is whole: go on with --resume")
     except (torch.OutOfMemoryError, MemoryError) as error:
-        fail(f"out of memory ({(str(error).splitlines() or [''])[0]:.90}): go on with --resume --accumulate {2 * cfg.accumulate}, or with --checkpoint_activations")
+        fail(f"out of memory ({first_line(error)}): go on with --resume --accumulate {2 * cfg.accumulate}, or with --checkpoint_activations")
 
 
 if __name__ == "__main__":

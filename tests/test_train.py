@@ -224,15 +224,15 @@ shapes | unrecognized
 --width -128 | at least 1
 --depth 0 | at least 1
 --heads 0 | at least 1
---heads 3 | not a multiple of --heads
+--heads 3 | a multiple of --heads
 --image_size 0 | at least 1
 --image_size -48 | at least 1
---image_size 50 | not a multiple of --patch_size
+--image_size 50 | a multiple of --patch_size
 --image_size 64 --patch_size 16 | multiple of 3
---image_size 36 --patch_size 12 --paradigm ar | not a multiple of 8
---image_size 36 --patch_size 12 --paradigm mask | not a multiple of 8
+--image_size 36 --patch_size 12 --paradigm ar | a multiple of 8
+--image_size 36 --patch_size 12 --paradigm mask | a multiple of 8
 --patch_size 0 | at least 1
---patch_size 7 | not a multiple of --patch_size
+--patch_size 7 | a multiple of --patch_size
 --text_len 0 | --text_len is 0
 --text_len 12 | its longest caption
 --encoder_size -1 | at least 0
@@ -273,14 +273,13 @@ shapes | unrecognized
 --accumulate 0 | at least 1
 --accumulate 3 | a multiple of 1 processes x --accumulate 3
 --shard | several processes
---device gpu | no device
---device cuda:99 | CUDA device
---device mps | only cpu and cuda
---device cpu:x | no device
+--device gpu | invalid choice
+--device cuda:99 | invalid choice
+--device mps | invalid choice
 --dataset imagenet | needs --data_dir
 --dataset folder | needs --data_dir
---dataset imagenet --data_dir {place}/nowhere | no folder
---dataset imagenet --data_dir {place}/file | no folder
+--dataset imagenet --data_dir {place}/nowhere | no such folder
+--dataset imagenet --data_dir {place}/file | a file, not a folder
 --dataset imagenet --data_dir {place}/empty | empty folder
 --dataset imagenet --data_dir {place}/no_train | no train/
 --dataset imagenet --data_dir {place}/no_classes | no class folders
@@ -486,8 +485,8 @@ def test_out_of_memory_says_how_to_go_on(tmp_path, capsys, monkeypatch):
 
 
 def toy(tmp_path, *options):
-    cfg = train.parse_config([*TINY, "--out_dir", str(tmp_path), *map(str, options)])
-    policy = train.Policy.choose(cfg)
+    cfg, _ = train.parse_config([*TINY, "--out_dir", str(tmp_path), *map(str, options)])
+    policy = train.Policy(cfg)
     made = train.Run(cfg, policy)
     return made, cfg, policy
 
@@ -589,7 +588,7 @@ def test_learning_rate_rises_stays_and_falls_to_zero():
 
 @pytest.mark.parametrize("image_size, least, most, positions", [(64, 28e6, 36e6, 64), (256, 115e6, 140e6, 256)])
 def test_presets_have_their_sizes(image_size, least, most, positions):
-    cfg = train.parse_config(["--dataset", "imagenet", "--image_size", str(image_size)])
+    cfg, _ = train.parse_config(["--dataset", "imagenet", "--image_size", str(image_size)])
     with torch.device("meta"):
         model = train.UnifiedModel(train.ModelConfig(
             vocab_size=2000, text_len=cfg.text_len, image_size=cfg.image_size, patch_size=cfg.patch_size, width=cfg.width, depth=cfg.depth, heads=cfg.heads, encoder_width=768))
