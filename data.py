@@ -25,6 +25,7 @@ Every data set here answers one question, `__getitems__([(epoch, index), ...])`,
 import csv
 import difflib
 import errno
+import gzip
 import hashlib
 import itertools
 import json
@@ -336,13 +337,14 @@ class Shapes(Dataset):
 # ----------------------------------------------------------------------------------------------------------------------
 # Image folders
 
+DATASETS = ("shapes", "imagenet", "folder", "cifar10")
+LAYOUT = "ImageNet is laid out as train/<wnid>/*.JPEG and val/<wnid>/*.JPEG"
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm"}
 FORMATS = ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM"]  # told apart by content, whatever the suffix says
 METADATA = ("metadata.jsonl", "metadata.csv")                   # the hub's captioned folder: `file_name` and `text`
 CLASS_LISTS = ("classes.tsv", "LOC_synset_mapping.txt", "words.txt")  # lines `wnid name, other name`, beside train/
 WORDINGS = ["a photo of {}", "a picture of {}", "an image of {}", "a photograph of {}", "this is {}", "here you see {}"]
-MAX_PIXELS = Image.MAX_IMAGE_PIXELS  # 89 million; an image with more is refused, as a decompression bomb
-SETTLED = 2.0                        # s; a folder changed later than this may change again within one tick of its clock
+SETTLED = 2.0  # s; a folder changed later than this may change again within one tick of its clock
 warnings.filterwarnings("ignore", module="PIL")  # what Pillow cannot read is named in bad_images.txt, once
 
 
@@ -353,9 +355,6 @@ class Strings:
         parts = [s.encode("utf-8", "surrogatepass") for s in strings]
         self.block, self.ends = b"".join(parts), array("q", itertools.accumulate(map(len, parts), initial=0))
 
-    def __len__(self) -> int:
-        return len(self.ends) - 1
-
     def __getitem__(self, i: int) -> str:
         return self.block[self.ends[i]: self.ends[i + 1]].decode("utf-8", "surrogatepass")
 
@@ -364,60 +363,54 @@ def cache_folder(cache_dir: str) -> str:
     return cache_dir or os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "reca")
 
 
+def stamp(path: str) -> list[int]:
+    """What moves when a file is written, and when a file of a folder is added, removed or renamed."""
+    stat = os.stat(path)
+    return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
+
+
 def list_files(root: str, cache_dir: str = "") -> list[str]:
     """Relative paths of all images and metadata files below root, sorted; dot files are left out, links followed.
 
-    A second call reads them from an index (in cache_dir, default ~/.cache/reca) while no folder's time stamps have
-    moved: adding, removing or renaming a file moves its folder's. A damaged index is made again.
-    Raises ValueError where a folder cannot be listed.
+    A second call reads them from an index (in cache_dir, default ~/.cache/reca) while no folder's stamp has moved. A damaged
+    index is made again. Raises ValueError where a folder cannot be listed.
     """
-    cache_dir, root = cache_folder(cache_dir), os.path.abspath(root)
-    index = os.path.join(cache_dir, f"index_{hashlib.sha256(root.encode('utf-8', 'surrogatepass')).hexdigest()[:16]}.json")
+    root, cache_dir = os.path.abspath(root), cache_folder(cache_dir)
+    index = os.path.join(cache_dir, f"index_{hashlib.sha256(os.fsencode(root)).hexdigest()[:16]}.json.gz")
     try:
-        with open(index, "rb") as file:
-            checksum, known = file.readline(), file.read()
-        if int(checksum) == zlib.crc32(known):
-            known = json.loads(known)
-            if all(_stamp(os.stat(os.path.join(root, folder))) == stamp for folder, stamp in known["folders"].items()):
-                return known["files"]
-    except (OSError, ValueError):
+        with gzip.open(index, "rt") as file:  # gzip brings a checksum
+            known = json.load(file)
+        if all(stamp(os.path.join(root, folder)) == was for folder, was in known["folders"].items()):
+            return known["files"]
+    except (OSError, EOFError, ValueError, zlib.error):
         pass  # no index yet, a damaged one, or a folder that has gone
-    began, folders, files, seen, stack = time.time(), {}, [], set(), [""]
-    try:
-        while stack:
-            folder = stack.pop()
-            stat = os.stat(os.path.join(root, folder))
-            if (stat.st_dev, stat.st_ino) in seen:
-                continue  # a link back: each folder once
-            seen.add((stat.st_dev, stat.st_ino))
-            folders[folder], below = _stamp(stat), []  # stamped before it is read
-            with os.scandir(os.path.join(root, folder)) as entries:
-                for entry in entries:
-                    path = os.path.join(folder, entry.name)
-                    if entry.name.startswith("."):
-                        continue
-                    if os.path.splitext(path)[1].lower() in SUFFIXES or entry.name in METADATA:
-                        files.append(path)
-                    elif entry.is_dir():
-                        below.append(path)
-            stack += sorted(below, reverse=True)
-    except OSError as error:
-        raise ValueError(f"cannot list the folder {error.filename}: {error.strerror}") from None
+
+    def refuse(error: OSError):
+        raise ValueError(f"cannot list the folder {error.filename}: {error.strerror}")
+
+    began, folders, files, seen = time.time(), {}, [], set()
+    for path, below, names in os.walk(root, onerror=refuse, followlinks=True):
+        real = os.path.realpath(path)
+        if real in seen:
+            below.clear()  # a link back: each folder once
+            continue
+        seen.add(real)
+        folder = "" if path == root else os.path.relpath(path, root)
+        folders[folder] = stamp(path)
+        shown = [name for name in names + below if not name.startswith(".")]
+        found = {name for name in shown if os.path.splitext(name)[1].lower() in SUFFIXES or name in METADATA}
+        files += [os.path.join(folder, name) for name in found]
+        below[:] = sorted(set(below).intersection(shown) - found)
     files.sort()
-    if max(max(stamp) for stamp in folders.values()) < (began - SETTLED) * 1e9:
+    if max(map(max, folders.values())) < (began - SETTLED) * 1e9:
         try:
             os.makedirs(cache_dir, exist_ok=True)
-            data = json.dumps({"folders": folders, "files": files}).encode()
-            with open(f"{index}.{os.getpid()}.tmp", "wb") as file:
-                file.write(b"%d\n" % zlib.crc32(data) + data)
-            os.replace(file.name, index)
+            with gzip.open(f"{index}.{os.getpid()}", "wt", 1) as file:
+                file.write(json.dumps({"folders": folders, "files": files}))
+            os.replace(f"{index}.{os.getpid()}", index)
         except OSError:
             pass  # no place for an index: the next start walks again
     return files
-
-
-def _stamp(stat: os.stat_result) -> list[int]:
-    return [stat.st_mtime_ns, stat.st_ctime_ns]
 
 
 def fit(image: Image.Image, size: int) -> Image.Image:
@@ -440,8 +433,8 @@ def decode(path: str, size: int) -> Image.Image:
     if not os.path.isfile(path):
         raise OSError("not a file")  # a pipe would be waited for
     with Image.open(path, formats=FORMATS) as image:
-        if image.width * image.height > MAX_PIXELS:
-            raise ValueError(f"{image.width} x {image.height} pixels are more than {MAX_PIXELS}")
+        if image.width * image.height > Image.MAX_IMAGE_PIXELS:  # 89 million; Pillow itself refuses twice as many
+            raise ValueError(f"{image.width} x {image.height} pixels are more than {Image.MAX_IMAGE_PIXELS}")
         image.draft(None, (size, size))  # a JPEG comes out of its DCT at 1/2, 1/4 or 1/8 where that is large enough
         return fit(image, size)
 
@@ -458,20 +451,20 @@ def to_tensor(images: list[Image.Image]) -> torch.Tensor:
 
 
 class Photos(Dataset):
-    """Photographs with captions. Image i is root/files[i]; its captions are the lines of texts[kinds[i]], the plain one first.
+    """Photographs with captions. Image i is root/files[i]; the lines of captions[i] are its wordings, the plain one first.
 
     An image that cannot be read is skipped: the next one that can stands in, whatever the number of workers, and the
     batch names it, `bad`: list of (path, reason). Flips (in training) and wordings change with the epoch.
     Raises ValueError where no image can be read.
     """
 
-    def __init__(self, root: str, files, texts: list[list[str]], kinds: list[int], split: str, image_size: int, seed: int,
-                 vocabulary: Vocabulary | None = None, text_len: int = 0):
-        self.root, self.split, self.image_size, self.seed = root, split, image_size, seed
-        self.files, self.kinds = files, array("q", kinds)
-        self.texts = Strings("\n".join(lines) for lines in texts)
-        self.vocabulary = vocabulary or Vocabulary.from_captions((line for lines in texts for line in lines))
-        self.text_len = text_len or min(32, 2 + max(len(split_words(line)) for lines in texts for line in lines))
+    def __init__(self, root: str, files: list[str], captions: list[str], split: str, image_size: int, seed: int,
+                 vocabulary: Vocabulary | None = None, text_len: int = 32):
+        self.root, self.split, self.image_size, self.seed, self.text_len = root, split, image_size, seed, text_len
+        numbers: dict[str, int] = {}  # images of a class share their captions
+        self.kinds = array("q", [numbers.setdefault(lines, len(numbers)) for lines in captions])
+        self.files, self.texts = Strings(files), Strings(numbers)
+        self.vocabulary = vocabulary or Vocabulary.from_captions(numbers)
         self.flip = split != "test"
         self.bad: dict[int, str] = {}
         self.picture(0, [])  # that no image can be read is said here, before any long work
@@ -480,12 +473,11 @@ class Photos(Dataset):
         return len(self.kinds)
 
     def identity(self):
-        """What the images depend on, piece by piece (bytes): any file that is added, removed, renamed or written moves a time stamp."""
+        """What the images depend on, piece by piece (bytes)."""
         yield repr((self.image_size, len(self))).encode()
         for name in self.files:
             path = os.path.join(self.root, name)
-            stat = os.stat(path) if os.path.exists(path) else None  # a broken link is a bad image
-            yield repr((name, stat and (stat.st_size, *_stamp(stat)))).encode("utf-8", "surrogatepass")
+            yield repr((name, os.path.exists(path) and stamp(path))).encode()  # a broken link is a bad image
 
     def read(self, index: int) -> Image.Image:
         return decode(os.path.join(self.root, self.files[index]), self.image_size)
@@ -520,11 +512,16 @@ class Photos(Dataset):
 
 
 class Cifar(Photos):
-    """CIFAR's images, which come as one array (N, 32, 32, 3) of bytes."""
+    """CIFAR-10's images, one array (N, 32, 32, 3) of bytes; downloaded to data_dir where they are not there."""
 
-    def __init__(self, arrays, *args, **kwargs):
-        self.arrays = arrays
-        super().__init__("CIFAR-10", Strings(map(str, range(len(arrays)))), *args, **kwargs)
+    def __init__(self, data_dir: str, split: str, *how):
+        from torchvision.datasets import CIFAR10
+        try:
+            cifar = CIFAR10(data_dir, split != "test", download=True)
+        except Exception as error:
+            raise ValueError(f"CIFAR-10 is not in {data_dir} and cannot be downloaded ({error}): put cifar-10-python.tar.gz there") from None
+        self.arrays, captions = cifar.data, [class_captions(name) for name in cifar.classes]
+        super().__init__("CIFAR-10", [str(i) for i in range(len(cifar.data))], [captions[i] for i in cifar.targets], split, *how)
 
     def identity(self):
         yield repr(self.image_size).encode()
@@ -534,14 +531,14 @@ class Cifar(Photos):
         return fit(Image.fromarray(self.arrays[index]), self.image_size)
 
 
-def class_captions(names: str) -> list[str]:
-    """All wordings with all names of a class, "goldfish, Carassius auratus"; the first is "a photo of a goldfish"."""
+def class_captions(names: str) -> str:
+    """All wordings with all names of a class, "goldfish, Carassius auratus", a line each; the first is "a photo of a goldfish"."""
     names = [name.strip().lower() for name in names.split(",") if name.strip()]
     articled = [("an " if re.match("(?!eu|uni|one|uk)[aeiou]", name) else "a ") + name for name in names]
-    return [wording.format(name) for name in articled for wording in WORDINGS]
+    return "\n".join(wording.format(name) for name in articled for wording in WORDINGS)
 
 
-def class_names(data_dir: str, classes: list[str]) -> list[str]:
+def class_names(data_dir: str, classes: list[str]) -> dict[str, str]:
     """The comma-separated names of class folders: from a list in data_dir, from torchvision, or the folders' own.
 
     Raises ValueError where the folders are WordNet ids and nothing says what they mean.
@@ -550,15 +547,14 @@ def class_names(data_dir: str, classes: list[str]) -> list[str]:
         if os.path.isfile(path):
             with open(path, encoding="utf-8", errors="replace") as file:
                 names = dict(line.strip().split(None, 1) for line in file if len(line.split()) > 1)
-            for name in classes:
-                if name not in names:
-                    raise ValueError(f"{path} has no name for the class folder {name}: add a line `{name} its name, another name`")
-            return [names[name] for name in classes]
+            if lacking := sorted(set(classes) - set(names)):
+                raise ValueError(f"{path} has no name for the class folder {lacking[0]}: add a line `{lacking[0]} its name, another name`")
+            return {name: names[name] for name in classes}
     if not all(re.fullmatch(r"n\d{8}", name) for name in classes):
-        return [name.replace("_", " ") for name in classes]
+        return {name: re.sub("[_,]", " ", name) for name in classes}
     if len(classes) == 1000:  # the whole of ImageNet-1k: torchvision knows its names, in the order of the ids
         from torchvision.models._meta import _IMAGENET_CATEGORIES
-        return _IMAGENET_CATEGORIES
+        return dict(zip(classes, _IMAGENET_CATEGORIES))
     raise ValueError(f"nothing says what class folders such as {classes[0]} mean: "
                      f"put a file {CLASS_LISTS[0]} with lines `{classes[0]} its name, another name` into {data_dir}")
 
@@ -574,166 +570,122 @@ def read_metadata(path: str):
         raise ValueError(f"{path}, near row {number}: each row needs `file_name` and `text`, both strings ({type(error).__name__}: {error})") from None
 
 
-def captioned_folder(root: str, paths: list[str]) -> tuple[list[str], list[list[str]]]:
-    """The images among paths, and their captions: metadata rows, else the name of a folder that tells images apart, else "".
+def captioned(root: str, paths: list[str], name: str, data_dir: str) -> tuple[list[str], list[str]]:
+    """The images among paths, and the captions of each, a wording a line: of metadata, else of its class, else "".
 
-    More than one row of an image are other wordings of its caption.
+    imagenet: the class is the folder below root. folder: the image's own folder, where there are several and no metadata.
+    Raises ValueError where there is no image, where metadata names none of them, or an ImageNet's image has no class.
     """
     captions: dict[str, list[str]] = {}
     for path in paths:
         if os.path.basename(path) in METADATA:
-            for name, text in read_metadata(os.path.join(root, path)):
-                captions.setdefault(os.path.join(os.path.dirname(path), name), []).append(text)
+            for file_name, text in read_metadata(os.path.join(root, path)):
+                captions.setdefault(os.path.join(os.path.dirname(path), file_name), []).append(text)
     files = [path for path in paths if os.path.basename(path) not in METADATA]
+    if not files:
+        raise ValueError(f"no images below {root} (looked for {' '.join(sorted(SUFFIXES))}); {_content(root)}")
     if lost := sorted(captions.keys() - set(files)):
         if len(lost) == len(captions):
             raise ValueError(f"the metadata below {root} names no image that is there, neither {lost[0]!r}: `file_name` is relative to the metadata's folder")
         warnings.warn(f"{len(lost)} of {len(captions)} images named by the metadata below {root} are not there, such as {lost[0]!r}")
-    folders = {os.path.dirname(path) for path in files}
-    named = {folder: class_captions(re.sub(r"[_,]", " ", os.path.basename(folder))) for folder in folders if folder and len(folders) > 1 and not captions}
-    return files, [captions.get(path) or named.get(os.path.dirname(path)) or [""] for path in files]
+    folders, names = [os.path.dirname(path) for path in files], {}
+    if name == "imagenet":
+        if "" in folders:
+            raise ValueError(f"{root} has images in no class folders, such as {files[folders.index('')]}: {LAYOUT}")
+        folders = [folder.split(os.sep)[0] for folder in folders]
+        names = class_names(data_dir, sorted(set(folders)))
+    elif len(set(folders)) > 1 and not captions:
+        names = {folder: re.sub("[_,]", " ", os.path.basename(folder)) for folder in folders}
+    of_class = {folder: class_captions(name) for folder, name in names.items()}
+    return files, ["\n".join(captions.get(path, ())) or of_class.get(folder, "") for path, folder in zip(files, folders)]
+
+
+def _content(folder: str) -> str:
+    """What a folder holds, for a message."""
+    names = sorted(os.listdir(folder))
+    return f"it holds {', '.join(names[:5])}{' ...' * (len(names) > 5)}" if names else "it is an empty folder"
 
 
 def make_dataset(name: str, split: str, data_dir: str = "", image_size: int = 48, seed: int = 0,
-                 vocabulary: Vocabulary | None = None, text_len: int = 0, cache_dir: str = "") -> Dataset:
+                 vocabulary: Vocabulary | None = None, text_len: int = 32, cache_dir: str = "") -> Dataset:
     """The data set `name`, one of DATASETS. split: 'pretrain', 'understand', 'reca' or 'test'.
 
     Photographs have no bias to remove: the first three splits are the training images, 'test' is val/. A folder without
     train/ and val/ keeps one image in twenty for 'test', always the same ones.
-    vocabulary, text_len: those of a checkpoint; else all words of the training captions,
-    and the longest of these captions (at most 32 ids). cache_dir: see `list_files`.
+    vocabulary: that of a checkpoint, else all words of the training captions. cache_dir: see `list_files`.
     Raises ValueError with a sentence for the user where the images are not as they should be.
     """
     if name not in DATASETS:
         raise ValueError(f"--dataset {name}: no such data set, there are {', '.join(DATASETS)}")
     if name == "shapes":
         return Shapes(split, image_size, seed)
-    if not data_dir:
-        raise ValueError(f"--dataset {name} needs --data_dir, the folder of its images")
     if split == "test" and vocabulary is None:
-        train = make_dataset(name, "pretrain", data_dir, image_size, seed, None, text_len, cache_dir)
-        vocabulary, text_len = train.vocabulary, train.text_len
-    rest = split, image_size, seed, vocabulary, text_len
+        vocabulary = make_dataset(name, "pretrain", data_dir, image_size, seed, None, text_len, cache_dir).vocabulary
+    how = split, image_size, seed, vocabulary, text_len
     if name == "cifar10":
-        arrays = cifar10(data_dir, train=split != "test")
-        return Cifar(arrays.data, [class_captions(c) for c in arrays.classes], arrays.targets, *rest)
-
-    if not os.path.isdir(data_dir) or not os.listdir(data_dir):
-        what = "an empty folder" if os.path.isdir(data_dir) else "a file, not a folder" if os.path.exists(data_dir) else "no such folder"
-        raise ValueError(f"--data_dir {data_dir}: {what}; give the folder that holds the images")
-    parts = [part for part in ("train", "val") if os.path.isdir(os.path.join(data_dir, part))]
-    part = "val" if split == "test" else "train"
-    if name == "imagenet":
-        if lacking := {"train", part} - set(parts):
-            raise ValueError(f"--data_dir {data_dir} has no {max(lacking)}/ in it: ImageNet is laid out as train/<wnid>/*.JPEG and "
-                             f"val/<wnid>/*.JPEG; it holds {_some(os.listdir(data_dir))}")
-        train, root = os.path.join(data_dir, "train"), os.path.join(data_dir, part)
-        classes = sorted(entry.name for entry in os.scandir(train) if entry.is_dir() and not entry.name.startswith("."))
-        if not classes:
-            raise ValueError(f"{train} has no class folders: ImageNet is laid out as train/<wnid>/*.JPEG; it holds {_some(os.listdir(train))}")
-        number = {c: i for i, c in enumerate(classes)}
-        texts = [class_captions(names) for names in class_names(data_dir, classes)]
-        files = [path for path in list_files(root, cache_dir) if os.path.basename(path) not in METADATA]
-        folders = [path.split(os.sep)[0] for path in files]
-        if strange := sorted(set(folders) - set(number)):
-            raise ValueError(f"{root} holds {strange[0]!r}, and train/ has no class folder of that name: sort the images into {part}/<wnid>/")
-        kinds = [number[folder] for folder in folders]
-    else:
-        root = os.path.join(data_dir, part) if len(parts) == 2 else data_dir
-        files, texts = captioned_folder(root, list_files(root, cache_dir))
-        if len(parts) < 2 and len(files) > 1:
-            order = sorted(range(len(files)), key=lambda i: (zlib.crc32(files[i].encode("utf-8", "surrogatepass")), i))
-            held = max(1, len(files) // 20)
-            chosen = sorted(order[:held] if split == "test" else order[held:])
-            files, texts = [files[i] for i in chosen], [texts[i] for i in chosen]
-        kinds = range(len(files))
-    if not files:
-        raise ValueError(f"no images below {root} (looked for {' '.join(sorted(SUFFIXES))}); it holds {_some(os.listdir(root))}")
-    return Photos(root, Strings(files), texts, kinds, *rest)
-
-
-DATASETS = ("shapes", "imagenet", "folder", "cifar10")
-
-
-def cifar10(data_dir: str, train: bool):
-    """torchvision's CIFAR-10 in data_dir, downloaded where it is not there. Raises ValueError where that fails."""
-    from torchvision.datasets import CIFAR10
-    try:
-        return CIFAR10(data_dir, train)
-    except RuntimeError:
-        try:
-            return CIFAR10(data_dir, train, download=True)
-        except Exception as error:
-            raise ValueError(f"CIFAR-10 is not in {data_dir} and cannot be downloaded ({error}): put cifar-10-python.tar.gz there") from None
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(sorted(names)[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "") if names else "nothing"
+        return Cifar(data_dir, *how)
+    if not os.path.isdir(data_dir):
+        what = "a file, not a folder" if os.path.exists(data_dir) else "no such folder"
+        raise ValueError(f"--dataset {name} needs --data_dir, the folder of its images; {data_dir!r} is {what}")
+    parted = name == "imagenet" or all(os.path.isdir(os.path.join(data_dir, part)) for part in ("train", "val"))
+    root = os.path.join(data_dir, "val" if split == "test" else "train") if parted else data_dir
+    if not os.path.isdir(root):
+        raise ValueError(f"--data_dir {data_dir} has no {os.path.basename(root)}/ in it: {LAYOUT}; {_content(data_dir)}")
+    files, captions = captioned(root, list_files(root, cache_dir), name, data_dir)
+    if not parted and len(files) > 1:
+        order = sorted(range(len(files)), key=lambda i: zlib.crc32(os.fsencode(files[i])))
+        held = max(1, len(files) // 20)
+        chosen = sorted(order[:held] if split == "test" else order[held:])
+        files, captions = [files[i] for i in chosen], [captions[i] for i in chosen]
+    return Photos(root, files, captions, *how)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The loader
 
 
-class Keys:
+def keys(size: int, batch_size: int, seed: int, start: int = 0, rank: int = 0, world: int = 1):
     """Batches of (epoch, index) without end: one seeded permutation an epoch, the same for any number of workers.
 
     `start` is the number of batches already used: a resumed run goes on with the very next one.
     Of several processes each gets its share of every batch: `rank` of `world`.
     """
-
-    def __init__(self, size: int, batch_size: int, seed: int, start: int = 0, rank: int = 0, world: int = 1):
-        assert size >= 1, "the data set is empty"
-        assert batch_size % world == 0, f"{batch_size=} cannot be shared by {world=} processes"
-        self.size, self.batch_size, self.seed, self.start = size, batch_size, seed, start
-        self.share = slice(rank * batch_size // world, (rank + 1) * batch_size // world)
-
-    def __iter__(self):
-        epoch, order = -1, None
-        position = self.start * self.batch_size
-        while True:
-            batch = []
-            for position in range(position, position + self.batch_size):
-                if position // self.size != epoch:
-                    epoch = position // self.size
-                    order = torch.randperm(self.size, generator=torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)).tolist()
-                batch.append((epoch, order[position % self.size]))
-            position += 1
-            yield batch[self.share]
+    assert size >= 1, "the data set is empty"
+    assert batch_size % world == 0, f"{batch_size=} cannot be shared by {world=} processes"
+    epoch, share = -1, batch_size // world
+    for first in itertools.count(start * batch_size, batch_size):
+        batch = []
+        for position in range(first, first + batch_size):
+            if position // size != epoch:
+                epoch = position // size
+                order = torch.randperm(size, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch)).tolist()
+            batch.append((epoch, order[position % size]))
+        yield batch[rank * share: (rank + 1) * share]
 
 
-def batches(dataset: Dataset, batch_size: int, seed: int, start: int = 0, workers: int = 0, bad_file: str = "", rank: int = 0, world: int = 1):
-    """An endless iterator over batches, from batch number `start` on. Images that were skipped are named in `bad_file`, once each."""
-    loader = DataLoader(dataset, batch_sampler=Keys(len(dataset), batch_size, seed, start, rank, world), num_workers=workers,
-                        collate_fn=_as_is, pin_memory=torch.cuda.is_available(), persistent_workers=workers > 0,
-                        prefetch_factor=4 if workers else None, worker_init_fn=_leave_ctrl_c,
-                        generator=torch.Generator())  # its base seed must not move the global generator: a resumed run restores that
-    return _name_bad(iter(loader), bad_file)
+def make_loader(dataset: Dataset, batches_of_keys, workers: int) -> DataLoader:
+    return DataLoader(dataset, batch_sampler=batches_of_keys, num_workers=workers, prefetch_factor=4 if workers else None, worker_init_fn=_leave_ctrl_c,
+                      collate_fn=dict,  # `__getitems__` has made a whole batch
+                      pin_memory=torch.cuda.is_available(),
+                      generator=torch.Generator())  # its base seed must not move the global generator: a resumed run restores that
 
 
 def _leave_ctrl_c(worker: int):
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process saves first; workers end with it
 
 
-def _name_bad(loader, bad_file: str):
+def batches(dataset: Dataset, batch_size: int, seed: int, start: int = 0, workers: int = 0, bad_file: str = "", rank: int = 0, world: int = 1):
+    """Batches without end, from batch number `start` on. Images that were skipped are named in `bad_file`, once each."""
     named = set()
-    if bad_file and os.path.exists(bad_file):
-        with open(bad_file, encoding="utf-8", errors="surrogateescape") as file:
-            named = {line.split("\t")[0].rstrip("\n") for line in file}
-    for batch in loader:
+    for batch in make_loader(dataset, keys(len(dataset), batch_size, seed, start, rank, world), workers):
         new = {path: reason for path, reason in batch.pop("bad", ()) if path not in named}
         if new and bad_file:
-            with open(bad_file, "a", encoding="utf-8", errors="surrogateescape") as file:
-                file.writelines(f"{path}\t{reason}\n" for path, reason in new.items())
-        named |= new.keys()
+            named |= new.keys()
+            with open(bad_file, "a+", encoding="utf-8", errors="surrogateescape") as file:
+                file.seek(0)
+                before = {line.split("\t")[0] for line in file}  # by an earlier run, or another stream of this one
+                file.writelines(f"{path}\t{reason}\n" for path, reason in new.items() if path not in before)
         yield batch
-
-
-def _as_is(batch):
-    image = batch["image"]
-    low, high = image.aminmax()
-    assert image.dtype == torch.float32 and 0 <= low and high <= 1, f"images must be float32 in [0, 1], got {image.dtype} in [{low}, {high}]"
-    return batch
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -744,10 +696,7 @@ SAME_FEATURES = 0.2    # relative error up to which features are the same ones. 
 
 
 class Cached(Dataset):
-    """A data set whose batches also hold `features`, from a file of (images, tokens, D_enc) float16 that `cache_features` wrote.
-
-    Each batch maps the file anew: that costs microseconds, and leaves nothing to be sent to the loader's processes.
-    """
+    """A data set whose batches also hold `features`, from a file of (images, tokens, D_enc) float16 that `cache_features` wrote."""
 
     def __init__(self, dataset: Dataset, path: str, shape: tuple[int, int, int]):
         self.dataset, self.path, self.shape = dataset, path, shape
@@ -756,17 +705,11 @@ class Cached(Dataset):
         return len(self.dataset)
 
     def features(self, indices: list[int]) -> torch.Tensor:
-        return torch.from_file(self.path, True, math.prod(self.shape), dtype=torch.float16).view(self.shape)[indices]
+        mapped = torch.from_file(self.path, True, math.prod(self.shape), dtype=torch.float16)  # anew each time: microseconds, and nothing to send to workers
+        return mapped.view(self.shape)[indices]
 
     def __getitems__(self, keys: list[tuple[int, int]]) -> dict:
         return self.dataset.__getitems__(keys) | {"features": self.features([index for _, index in keys])}
-
-
-def to_bytes(x: torch.Tensor) -> bytearray:
-    data = bytearray(x.numel() * x.element_size())
-    if data:  # frombuffer refuses to be of nothing
-        torch.frombuffer(data, dtype=x.dtype).copy_(x.flatten())
-    return data
 
 
 def encoder_identity(encoder: torch.nn.Module, size: int, dtype: torch.dtype):
@@ -774,7 +717,7 @@ def encoder_identity(encoder: torch.nn.Module, size: int, dtype: torch.dtype):
     yield repr((encoder.cfg, size, dtype)).encode()
     for name, x in encoder.state_dict().items():
         yield repr((name, x.dtype, x.shape)).encode()
-        yield to_bytes(x)
+        yield x.cpu().reshape(-1).view(torch.uint8).numpy()
 
 
 def cache_features(dataset: Dataset, encode, identity, cache_dir: str = "", workers: int = 0, rank: int = 0, world: int = 1) -> Cached:
@@ -808,14 +751,14 @@ def cache_features(dataset: Dataset, encode, identity, cache_dir: str = "", work
         if done[0] and not (cached.features(few) - expected).float().norm() < SAME_FEATURES * expected.float().norm():
             raise ValueError(f"the features in {cached.path} are not those that this code computes: remove that file")
         todo = [block for block in range(rank, blocks, world) if not done[block]]
-        keys = ([(0, i) for i in range(block * BLOCK, min(block * BLOCK + BLOCK, len(dataset)))] for block in todo)
-        loader = DataLoader(dataset, batch_sampler=keys, num_workers=workers, collate_fn=_as_is, worker_init_fn=_leave_ctrl_c, generator=torch.Generator())
-        for block, batch in zip(todo, tqdm(loader, "features", len(todo), unit="block", leave=False, disable=rank > 0 or not todo or None)):
+        images = ([(0, i) for i in range(block * BLOCK, min(block * BLOCK + BLOCK, len(dataset)))] for block in todo)
+        bar = tqdm(make_loader(dataset, images, workers), "features", len(todo), unit="block", leave=False, disable=rank > 0 or not todo or None)
+        for block, batch in zip(todo, bar):
             features = encode(batch["image"]).cpu().half()                       # (BLOCK, tokens, D_enc)
             if not features.isfinite().all():
                 raise ValueError("--cache_features: features of this encoder are beyond float16's 65504: leave it out")
             file.seek(block * BLOCK * row)
-            file.write(to_bytes(features))
+            file.write(features.contiguous().numpy())
             file.flush()
             os.fsync(file.fileno())  # first the features, then their mark
             os.pwrite(file.fileno(), b"\1", end + block)

@@ -44,7 +44,7 @@ def folder(tmp_path):
 
 def photos(folder, size=SIZE, split="reca"):
     files = sorted(os.listdir(folder / "photos"))
-    return data.Photos(str(folder / "photos"), data.Strings(files), [["a thing"]], [0] * len(files), split, size, 0)
+    return data.Photos(str(folder / "photos"), files, ["a thing"] * len(files), split, size, 0)
 
 
 def make(seed=0, size=0):

@@ -2,6 +2,7 @@
 
     pytest tests/test_data_images.py
 """
+import gzip
 import io
 import json
 import os
@@ -260,11 +261,13 @@ def test_the_index_is_used_never_stale_and_remade_when_damaged(tmp_path, monkeyp
     new.unlink()
     assert data.list_files(root, cache) == files
     whole = (Path(cache) / index).read_bytes()
-    for damaged in (whole[:-1], whole[: len(whole) // 2], b"", b"{}", whole.replace(b"003.JPEG", b"004.JPEG"), b"\x00" * 99):
+    other = gzip.compress(gzip.decompress(whole).replace(b"003.JPEG", b"004.JPEG"))[:-8] + whole[-8:]  # the checksum is the old one
+    middle = len(whole) // 2
+    for damaged in (whole[:-1], whole[:middle], b"", b"{}", other, whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1:], b"\x00" * 99):
         (Path(cache) / index).write_bytes(damaged)
         before = len(walks)
         assert data.list_files(root, cache) == files and len(walks) == before + 7
-        assert (Path(cache) / index).read_bytes() == whole
+        assert gzip.decompress((Path(cache) / index).read_bytes()) == gzip.decompress(whole)
     assert os.listdir(cache) == [index]
 
 
@@ -305,17 +308,22 @@ def test_class_lists_give_names_and_synonyms(tmp_path):
                 said[k] |= {dataset.vocabulary.decode(row.tolist()) for row in batch[k]}
         assert said["caption"] == {"a photo of a goldfish", "a photo of an umbrella"}
         for k in ("full", "wording"):
-            assert said[k] == set(data.class_captions("goldfish, Carassius auratus") + data.class_captions("umbrella"))
+            assert said[k] == set(f"{data.class_captions('goldfish, Carassius auratus')}\n{data.class_captions('umbrella')}".split("\n"))
         assert "<unk>" not in " ".join(said["full"])
 
 
 def test_the_vocabulary_comes_from_training_captions_or_the_checkpoint(tmp_path):
     root = make_folder(tmp_path)
     train, test = (data.make_dataset("imagenet", split, root, 8) for split in ("pretrain", "test"))
-    assert train.vocabulary.words == test.vocabulary.words and train.text_len == test.text_len
+    assert train.vocabulary.words == test.vocabulary.words and train.vocabulary.words[:5] == data.SPECIALS + ["a"], "the most frequent first"
+    assert set(train.vocabulary.words[4:]) == set("a photo picture of an image photograph this is here you see cat sea otter".split())
     words = data.Vocabulary(data.SPECIALS + ["a", "photo", "of", "cat"])
     kept = data.make_dataset("imagenet", "test", root, 8, vocabulary=words, text_len=5)
     assert kept.vocabulary is words and kept.__getitems__([(0, 0)])["caption"].tolist() == [[1, 4, 5, 6, 4]]
+
+
+def captions(root) -> dict[str, str]:
+    return dict(zip(*data.captioned(str(root), data.list_files(str(root)), "folder", str(root))))
 
 
 @pytest.mark.parametrize("form", ["jsonl", "csv"])
@@ -329,9 +337,7 @@ def test_metadata_captions(tmp_path, form):
     else:
         text = "more,text,file_name\n" + "\n".join('1,"' + t.replace('"', '""') + '",' + f for f, t in rows) + "\n"
     (tmp_path / f"metadata.{form}").write_text(text, encoding="utf-8-sig")
-    files, texts = data.captioned_folder(str(tmp_path), data.list_files(str(tmp_path)))
-    assert dict(zip(files, texts)) == {"images/0.png": [""], "images/1.png": ['Two dogs, "running"'],
-                                       "images/2.png": ["a red bus", "a bus that is red"], "images/3.png": [""]}
+    assert captions(tmp_path) == {"images/0.png": "", "images/1.png": 'Two dogs, "running"', "images/2.png": "a red bus\na bus that is red", "images/3.png": ""}
     (tmp_path / f"metadata.{form}").write_text(text + ('{"file_name": "x"}\n' if form == "jsonl" else "1,x\n"))
     with pytest.raises(ValueError, match=f"metadata.{form}, near row"):
         data.make_dataset("folder", "pretrain", str(tmp_path), 8)
@@ -344,10 +350,13 @@ def test_a_folder_name_is_a_caption_where_it_tells_images_apart(tmp_path):
     for name in ("red_car", "bus"):
         os.makedirs(tmp_path / name)
         (tmp_path / name / "1.png").write_bytes(as_bytes(picture(1)))
-    caption = lambda: {t[0] for t in data.captioned_folder(str(tmp_path), data.list_files(str(tmp_path)))[1]}
-    assert caption() == {"a photo of a bus", "a photo of a red car"}
+    plain = lambda: {lines.split("\n")[0] for lines in captions(tmp_path).values()}
+    assert plain() == {"a photo of a bus", "a photo of a red car"}
+    (tmp_path / "2.png").write_bytes(as_bytes(picture(1)))
+    assert plain() == {"a photo of a bus", "a photo of a red car", ""}
+    (tmp_path / "2.png").unlink()
     (tmp_path / "bus" / "1.png").unlink()
-    assert caption() == {""}
+    assert plain() == {""}
 
 
 def test_one_image_in_twenty_of_a_folder_is_kept_for_the_test(tmp_path):
@@ -394,8 +403,8 @@ def test_every_mistake_gets_a_sentence(tmp_path):
     (tmp_path / "empty").mkdir()
     for name in ("imagenet", "folder"):
         says("needs --data_dir", name, "")
-        says("no such folder", name, tmp_path / "absent")
-        says("a file, not a folder", name, tmp_path / "file.tar")
+        says("absent' is no such folder", name, tmp_path / "absent")
+        says("file.tar' is a file, not a folder", name, tmp_path / "file.tar")
         says("an empty folder", name, tmp_path / "empty")
     says("there are shapes, imagenet", "imagnet", tmp_path)
     (tmp_path / "notes").mkdir()
@@ -404,9 +413,8 @@ def test_every_mistake_gets_a_sentence(tmp_path):
     says("no train/.* it holds a.txt", "imagenet", tmp_path / "notes")
     (tmp_path / "flat" / "train").mkdir(parents=True)
     (tmp_path / "flat" / "train" / "1.jpg").write_bytes(as_bytes(picture(1), "JPEG"))
-    says("no class folders.*it holds 1.jpg", "imagenet", tmp_path / "flat")
+    says("no class folders, such as 1.jpg", "imagenet", tmp_path / "flat")
     (tmp_path / "flat" / "train" / "cat").mkdir()
-    says("no class folder of that name", "imagenet", tmp_path / "flat")
     (tmp_path / "flat" / "train" / "1.jpg").unlink()
     says("no images below", "imagenet", tmp_path / "flat")
     (tmp_path / "flat" / "train" / "cat" / "1.jpg").write_bytes(b"x")
@@ -415,7 +423,7 @@ def test_every_mistake_gets_a_sentence(tmp_path):
     says("no val/", "imagenet", tmp_path / "flat", "test")
     (tmp_path / "flat" / "val").mkdir()
     (tmp_path / "flat" / "val" / "ILSVRC2012_val_00000001.JPEG").write_bytes(as_bytes(picture(1), "JPEG"))
-    says("sort the images into val/<wnid>/", "imagenet", tmp_path / "flat", "test")
+    says("no class folders, such as ILSVRC2012.*val/<wnid>/", "imagenet", tmp_path / "flat", "test")
 
 
 @pytest.mark.skipif(not TINY.exists(), reason=f"the photographs are not there: {TINY}")
