@@ -1,20 +1,16 @@
 """The unified model: one transformer that reads words and images, writes words, and draws.
 
-One rule covers everything that it does. Left of the bar is the prefix, right of it what the model is asked for:
+Left of the bar is the prefix, right of it what the model is asked for (see recon_loss.py):
 
-    t2i     <bos> caption words <eos> <pad>   | image             text to image: what pre-training does
-    t2t     <bos> caption words <eos> <pad>   | another wording   the language side
-    i2t     <bos> visual words w_1 ... w_K    | caption words     understanding
-    recon   <bos> visual words w_1 ... w_K    | image             Reconstruction Alignment, arXiv 2509.07295
-    edit    <bos> visual words, instruction   | image             at inference only
+    <bos> caption words <eos> <pad>   | image, or another wording
+    <bos> visual words w_1 ... w_K    | image, or caption words          | image: Reconstruction Alignment, arXiv 2509.07295
 
 *Visual words* are the image as the understanding encoder sees it, said in the model's own language. K learned queries
 (BLIP-2, arXiv 2301.12597) attend to the encoder's patch tokens, each gives logits over the vocabulary, and what is passed
-on is the expected word embedding, softmax(logits) @ wte (AlignVLM, arXiv 2502.01341). They stand exactly where a caption's
-words would: one-hot visual words ARE a caption. That is why t2i and recon are one loss with two prefixes.
+on is the expected word embedding, softmax(logits) @ wte (AlignVLM, arXiv 2502.01341). One-hot visual words ARE a caption: so
+text to image and reconstruction are one loss with two prefixes.
 
 The prefix is causal and never sees the image; so its keys and values are computed once and reused by every sampling step.
-
 How the image itself is made is one of four *paradigms*, and only the image positions know which:
 
              stands for                  an image position holds         it sees           its state becomes
@@ -24,7 +20,6 @@ How the image itself is made is one of four *paradigms*, and only the image posi
     mar      Harmon, MAR                 its clean patch, or [MASK]      all the image     what a small flow MLP draws it from
 
 A fifth is one class here (see IMAGES), one loss in recon_loss.py and one sampler in sample.py.
-
 # B batch, T prefix length, K = T - 1 visual words, N image positions, S any sequence, D width, H heads, V words, C codes,
 # P pixels of a patch
 """
@@ -60,13 +55,11 @@ class ModelConfig:
     code_width: int = 64          # ar, mask: channels of the tokenizer
 
     @property
-    def image_len(self) -> int:
-        """N"""
-        return IMAGES[self.paradigm].grid(self) ** 2
+    def image_len(self) -> int:  # N
+        return (self.image_size // (self.code_stride if IMAGES[self.paradigm].holds_codes else self.patch_size)) ** 2
 
     @property
-    def codes(self) -> int:
-        """C"""
+    def codes(self) -> int:  # C
         return math.prod(self.code_levels)
 
 
@@ -160,9 +153,7 @@ class TimeEmbedding(nn.Module):
 
 class NoisedPatches(nn.Module):
     """flow: each position holds a noised patch, all at one time t, and says the clean patch (x-prediction, arXiv 2511.13720)."""
-    causal = False
-    tokens = staticmethod(lambda cfg: 0)
-    grid = staticmethod(lambda cfg: cfg.image_size // cfg.patch_size)
+    causal, holds_codes = False, False
 
     def __init__(self, cfg: ModelConfig):
         super().__init__()
@@ -181,9 +172,7 @@ class NoisedPatches(nn.Module):
 
 class MaskedCodes(nn.Module):
     """mask: each position holds its code or [MASK]. Codes share wte and lm_head with the words: words, then codes, then [MASK]."""
-    causal = False
-    tokens = staticmethod(lambda cfg: cfg.codes + 1)
-    grid = staticmethod(lambda cfg: cfg.image_size // cfg.code_stride)
+    causal, holds_codes = False, True
 
     def __init__(self, cfg: ModelConfig):
         super().__init__()
@@ -202,9 +191,7 @@ class CausalCodes(MaskedCodes):
 
 class MaskedPatches(nn.Module):
     """mar: each position holds its clean patch or [MASK]; from its state a small MLP draws the patch (arXiv 2406.11838)."""
-    causal = False
-    tokens = staticmethod(lambda cfg: 0)
-    grid = staticmethod(lambda cfg: cfg.image_size // cfg.patch_size)
+    causal, holds_codes = False, False
 
     def __init__(self, cfg: ModelConfig):
         super().__init__()
@@ -236,10 +223,7 @@ class ModulatedMLP(nn.Module):
 
 
 class FlowMLP(nn.Module):
-    """x-prediction for one patch: its noised self, its time and the transformer's state -> the clean patch.
-
-    Residual MLP blocks, modulated by time and state (adaLN-zero), as in MAR, arXiv 2406.11838, section 4.2; there it predicts noise.
-    """
+    """x-prediction for one patch: its noised self, its time and the transformer's state -> the clean patch (arXiv 2406.11838, 4.2; noise there)."""
 
     def __init__(self, cfg: ModelConfig):
         super().__init__()
@@ -274,9 +258,8 @@ class ResBlock(nn.Module):
 class Tokenizer(nn.Module):
     """A small convolutional autoencoder whose middle is rounded: finite scalar quantisation, FSQ (arXiv 2309.15505).
 
-    Each of the d = len(levels) channels is bounded and rounded to one of its few values; their combination is the code. No codebook
-    to learn, so none to collapse. Departure from the paper: (L - 1) (tanh z + 1) / 2 bounds odd and even L alike, without its
-    half-step shift for even L.
+    Each of the d = len(levels) channels is bounded and rounded to one of its few values; their combination is the code. No codebook to learn, so
+    none to collapse. Departure from the paper: (L - 1) (tanh z + 1) / 2 bounds odd and even L alike, without its half-step shift for even L.
     """
 
     def __init__(self, cfg: ModelConfig):
@@ -324,9 +307,6 @@ class Tokenizer(nn.Module):
         return self.decode_values(self.to_values(codes)).clamp(0, 1)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-
-
 class UnifiedModel(nn.Module):
     """Words, visual words and image positions through one transformer: one head for words and codes, one for patches."""
 
@@ -337,8 +317,8 @@ class UnifiedModel(nn.Module):
         assert cfg.paradigm in IMAGES, f"{cfg.paradigm=} must be one of {', '.join(IMAGES)}"
         self.cfg = cfg
         self.image = IMAGES[cfg.paradigm](cfg)
-        self.tokenizer = Tokenizer(cfg) if self.image.tokens(cfg) else None      # of codes: trained first, then frozen
-        tokens = cfg.vocab_size + self.image.tokens(cfg)
+        self.tokenizer = Tokenizer(cfg) if self.image.holds_codes else None      # trained first, then frozen
+        tokens = cfg.vocab_size + (cfg.codes + 1 if self.image.holds_codes else 0)  # words, codes, [MASK]
         self.wte = nn.Embedding(tokens, cfg.width)
         self.text_pos = nn.Parameter(torch.empty(2 * cfg.text_len, cfg.width))   # a prefix, and the words that answer it
         self.image_pos = nn.Parameter(torch.empty(cfg.image_len, cfg.width))
@@ -409,10 +389,9 @@ class UnifiedModel(nn.Module):
         return self.write(h[:, prefix.shape[1] - 1:])
 
     def predict_image(self, prefix, *inputs):
-        """What the image positions say, given a prefix (B, T, D) and what they hold: see `embed` and `head` in the paradigm's class.
+        """What the image positions say after a prefix (B, T, D), given what they hold: see `embed` and `head` in the paradigm's class.
 
-        The inputs may be `draws` times as many as the prefixes: draws of one image, masked or noised apart, then share its
-        prefix, which costs more than they do. None sees another.
+        B * draws inputs: draws of one image share its prefix, which costs more than they do, and do not see each other.
         """
         T, N = prefix.shape[1], self.cfg.image_len
         image = self.image.embed(self, *inputs) + self.image_pos                 # (B * draws, N, D)
@@ -450,9 +429,8 @@ class UnifiedModel(nn.Module):
 class CaptionTower(nn.Module):
     """The throw-away text side that trains an understanding encoder from scratch, as CoCa does (arXiv 2205.01917; SigLIP 2 too).
 
-    Causal blocks read the caption alone: their state at <eos> is the text embedding, to be contrasted with the image's.
-    Further causal blocks attend to the patch tokens and write the caption: that term is what makes an encoder say which
-    object has which color; contrast alone leaves a bag of words (arXiv 2210.01936).
+    Causal blocks read the caption alone: their state at <eos> is the text embedding, to be contrasted with the image's. Further causal blocks attend to
+    the patch tokens and write the caption: that makes an encoder say which object has which color; contrast leaves a bag of words (arXiv 2210.01936).
     """
 
     def __init__(self, vocab_size: int, text_len: int, width: int, encoder_width: int, uni: int = 1, multi: int = 2, heads: int = 4):
@@ -465,13 +443,9 @@ class CaptionTower(nn.Module):
         self.text_proj = nn.Linear(width, encoder_width, bias=False)
         self.lm_head = nn.Linear(width, vocab_size, bias=False)
         self.log_scale, self.bias = nn.Parameter(torch.empty(())), nn.Parameter(torch.empty(()))
-        self.init_weights()
-
-    @torch.no_grad()
-    def init_weights(self):
         for p in self.parameters():
             nn.init.ones_(p) if p.ndim == 1 else nn.init.normal_(p, std=0.02)
-        self.log_scale.fill_(math.log(10)), self.bias.fill_(-10)                 # arXiv 2303.15343, section 3.2
+        nn.init.constant_(self.log_scale, math.log(10)), nn.init.constant_(self.bias, -10)  # arXiv 2303.15343, section 3.2
 
     def forward(self, ids, patch_tokens):
         """Captions (B, T), patch tokens (B, tokens, D_enc) -> text embedding (B, D_enc), next-word logits (B, T, V)."""
