@@ -7,29 +7,29 @@
 
 Every sampler reads the prefix once and reuses its keys and values in all steps, with and without the condition
 (classifier-free guidance, arXiv 2207.12598). Noise is drawn on the CPU: a seed means the same picture on every device.
-
 # B batch, T prefix length, K visual words, N image positions, G of them drawn at a time, V words, C codes, P pixels of a patch
 """
 import argparse
 import math
 import os
-import pickle
 import sys
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import repeat
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from PIL import Image, ImageDraw, ImageFont
 from torchvision.transforms.functional import to_pil_image
-from tqdm import tqdm
 
 from data import BOS, EOS, PAD, Vocabulary, decode, to_tensor
 from encoder import ViT, ViTConfig, load_encoder
 from model import ModelConfig, UnifiedModel, unpatchify
-from recon_loss import interpolate, null_prefix
+from recon_loss import interpolate, null_prefix, see
 
-FORMAT = 1          # of a checkpoint, see read_checkpoint
+FORMAT = 1          # of a checkpoint, see load_checkpoint
 MAX_BATCH = 128     # images drawn at a time
 TIME_POWER = 1.5    # t_i = (i / steps)^1.5: more steps near the noise, where layout and color are decided
 CHOICE_NOISE = 4.5  # mask: how much chance there is in which codes are kept first, arXiv 2202.04200's code
@@ -43,8 +43,6 @@ class Sampling:
     steps: int = 25           # passes through the transformer (flow, mask, mar); ar takes one a code
     renew: float = 0.0        # flow, mar: share of the noise drawn anew at each step; 0 is Euler's, 1 forgets the noise of before
     temperature: float = 1.0  # of the codes (ar, mask: 0 is greedy) or of the noise (flow, mar)
-    top_k: int = 0            # ar: only the k likeliest codes; 0 is all
-    top_p: float = 1.0        # ar: only the likeliest codes that together have this chance
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -53,7 +51,7 @@ class Sampling:
 
 def sample_flow(model, prefix, how, generator):
     """flow: from noise (t = 0) to image (t = 1), all patches together."""
-    look = partial(model.predict_image_cached, read_guided(model, prefix, how))
+    look = read_guided(model, prefix, how)
     shape = len(prefix), model.cfg.image_len, 3 * model.cfg.patch_size ** 2
     predict = lambda x_t, t: guided(how, look, x_t, t.expand(len(x_t)))
     return unpatchify(denoise(predict, shape, model, how, how.steps, generator), model.cfg.patch_size)
@@ -61,11 +59,10 @@ def sample_flow(model, prefix, how, generator):
 
 def sample_ar(model, prefix, how, generator):
     """ar: code by code, in reading order."""
-    look = partial(model.predict_image_cached, read_guided(model, prefix, how))
+    look = read_guided(model, prefix, how)
     codes = [torch.full((len(prefix), 1), model.cfg.codes, device=prefix.device)]  # [MASK]: an image begins
     for _ in range(model.cfg.image_len):
-        logits = likeliest(guided(how, look, codes[-1]), how.top_k, how.top_p)   # (B, 1, C)
-        codes.append(draw(logits, how.temperature, generator))                   # (B, 1)
+        codes.append(draw(guided(how, look, codes[-1]), how.temperature, generator))  # (B, 1)
     return model.tokenizer.decode(torch.cat(codes[1:], 1))
 
 
@@ -75,7 +72,7 @@ def sample_mask(model, prefix, how, generator):
     How sure: the log-probability of the code drawn, plus noise that fades out, without which the drawings vary too little.
     """
     N, mask = model.cfg.image_len, model.cfg.codes
-    look = partial(model.predict_image_cached, read_guided(model, prefix, how))
+    look = read_guided(model, prefix, how)
     codes = torch.full((len(prefix), N), mask, device=prefix.device)
     for k, left in enumerate(masked_left(N, how.steps), start=1):
         logits = guided(how, look, codes)                                        # (B, N, C)
@@ -90,7 +87,7 @@ def sample_mask(model, prefix, how, generator):
 def sample_mar(model, prefix, how, generator):
     """mar: patches in a random order, a group at a time, each patch drawn by the flow MLP (arXiv 2406.11838, section 3.4)."""
     B, N, P = len(prefix), model.cfg.image_len, 3 * model.cfg.patch_size ** 2
-    look = partial(model.predict_image_cached, read_guided(model, prefix, how))
+    look = read_guided(model, prefix, how)
     order = torch.rand(B, N, generator=generator).argsort(1).to(prefix.device)   # each row a permutation: every position once
     x, masked, done = prefix.new_zeros(B, N, P), torch.ones(B, N, dtype=torch.bool, device=prefix.device), 0
     for left in masked_left(N, how.steps):
@@ -151,28 +148,16 @@ def draw(logits, temperature, generator):
     return (logits + temperature * gumbel(logits, generator) if temperature else logits).argmax(-1)
 
 
-def likeliest(logits, top_k, top_p):
-    """Logits (..., C) with all but the top k, and all but the nucleus of chance top_p (arXiv 1904.09751), at -inf."""
-    if top_k:
-        logits = logits.masked_fill(logits < logits.topk(min(top_k, logits.shape[-1])).values[..., -1:], -math.inf)
-    if top_p < 1:
-        p, order = logits.softmax(-1).sort(descending=True)
-        out = p.cumsum(-1) - p >= max(top_p, 1e-9)                               # the first is always in
-        logits = logits.masked_fill(torch.zeros_like(out).scatter(-1, order, out), -math.inf)
-    return logits
+def read_guided(model, prefix, how):
+    """Reads the prefixes (B, T, D) once, for guidance with as many empty conditions behind them: predict_image without a prefix."""
+    if how.cfg_scale != 1:
+        prefix = torch.cat([prefix, null_prefix(model).expand_as(prefix)])       # (2 B, T, D)
+    return partial(model.predict_image_cached, model.read_prefix(prefix, room=model.cfg.image_len))
 
 
 def doubled(how, *inputs):
     """Inputs (B, ...) -> (2 B, ...): for the condition, and again for none; as they are without guidance."""
     return inputs if how.cfg_scale == 1 else [torch.cat([x, x]) for x in inputs]
-
-
-def read_guided(model, prefix, how):
-    """The cache of the prefixes (B, T, D), with guidance followed in the batch by as many empty conditions."""
-    if how.cfg_scale != 1:
-        null = null_prefix(model)
-        prefix = torch.cat([prefix, null.expand_as(prefix)])                     # (2 B, T, D)
-    return model.read_prefix(prefix, room=model.cfg.image_len)
 
 
 def guided(how, look, *inputs):
@@ -183,57 +168,56 @@ def guided(how, look, *inputs):
     return uncond + how.cfg_scale * (cond - uncond)
 
 
-@torch.no_grad()
-def sample_image(model, prefix, generator=None, progress=False, **options):
-    """Prefixes (B, T, D) -> images (B, 3, H, W) in [0, 1], at most MAX_BATCH at a time. options: fields of Sampling, None for the default."""
-    sampler, how = IMAGE_SAMPLER[model.cfg.paradigm]
-    how = replace(how, **{name: value for name, value in options.items() if value is not None})
-    chunks = tqdm(prefix.split(MAX_BATCH), "drawing", disable=not progress or len(prefix) <= MAX_BATCH, leave=False)
-    return torch.cat([sampler(model, chunk, how, generator) for chunk in chunks])
-
-
-@torch.no_grad()
-def sample_words(model, prefix, temperature=0.0, generator=None):
-    """Words after a prefix, greedy at temperature 0: (B, T, D) -> ids (B, up to T - 1), each row worth reading up to its <eos>."""
-    cache = model.read_prefix(prefix[:, :-1], room=model.cfg.text_len)           # its last word is what the first pass reads
-    x, ids = prefix[:, -1:], prefix.new_empty(len(prefix), 0, dtype=torch.long)
-    while ids.shape[1] < model.cfg.text_len - 1 and not ids.eq(EOS).any(1).all():
-        new = draw(model.text_logits_cached(cache, x), temperature, generator)   # (B, 1)
-        x, ids = model.wte(new), torch.cat([ids, new], 1)
-    return ids
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # What a checkpoint can do; **options are those of sample_image
 
 
-def text_to_image(model, vocabulary, prompts, generator=None, progress=False, **options):
-    """One image for each prompt: (B, 3, H, W). Raises ValueError for an unknown word or a prompt that is too long."""
-    ids = torch.tensor([vocabulary.encode(prompt, model.cfg.text_len, strict=True) for prompt in prompts], device=model.device)
-    return sample_image(model, model.text_prefix(ids), generator, progress, **options)
+@torch.no_grad()
+def sample_image(model, prefix, generator=None, **options):
+    """Prefixes (B, T, D) -> images (B, 3, H, W) in [0, 1], at most MAX_BATCH at a time. options: fields of Sampling, None for the default."""
+    sampler, how = IMAGE_SAMPLER[model.cfg.paradigm]
+    how = replace(how, **{name: value for name, value in options.items() if value is not None})
+    return torch.cat([sampler(model, chunk, how, generator) for chunk in prefix.split(MAX_BATCH)])
+
+
+@torch.no_grad()
+def sample_words(model, prefix):
+    """The likeliest words after a prefix: (B, T, D) -> ids (B, up to T - 1), each row worth reading up to its <eos>."""
+    cache = model.read_prefix(prefix[:, :-1], room=model.cfg.text_len)           # its last word is what the first pass reads
+    x, ids = prefix[:, -1:], prefix.new_empty(len(prefix), 0, dtype=torch.long)
+    while ids.shape[1] < model.cfg.text_len - 1 and not ids.eq(EOS).any(1).all():
+        new = model.text_logits_cached(cache, x).argmax(-1)                      # (B, 1)
+        x, ids = model.wte(new), torch.cat([ids, new], 1)
+    return ids
 
 
 @torch.no_grad()
 def see_words(model, encoder, images):
     """Images (B, 3, H, W) in [0, 1] -> visual words (B, K, V)."""
-    return torch.cat([model.visual_words(encoder(model.for_encoder(chunk.to(model.device))).patch_tokens) for chunk in images.split(MAX_BATCH)])
+    return torch.cat([see(model, encoder, chunk.to(model.device)) for chunk in images.split(MAX_BATCH)])
 
 
-def reconstruct(model, encoder, images, generator=None, progress=False, **options):
+def text_to_image(model, vocabulary, prompts, **options):
+    """One image for each prompt: (B, 3, H, W). Raises ValueError for an unknown word or a prompt that is too long."""
+    ids = torch.tensor([vocabulary.encode(prompt, model.cfg.text_len, strict=True) for prompt in prompts], device=model.device)
+    return sample_image(model, model.text_prefix(ids), **options)
+
+
+def reconstruct(model, encoder, images, **options):
     """The images drawn again from their visual words alone: (B, 3, H, W) -> (B, 3, H, W)."""
-    return sample_image(model, model.visual_prefix(see_words(model, encoder, images)), generator, progress, **options)
+    return sample_image(model, model.visual_prefix(see_words(model, encoder, images)), **options)
+
+
+def edit(model, encoder, vocabulary, images, instructions, **options):
+    """The images, changed as the instructions say, which nothing was trained for; see `edit_words` for the prefix."""
+    words = edit_words(see_words(model, encoder, images), vocabulary, instructions)
+    return sample_image(model, model.visual_prefix(words), **options)
 
 
 def caption(model, encoder, vocabulary, images):
     """What the model says of the images (B, 3, H, W): a list of sentences."""
     prefix = model.visual_prefix(see_words(model, encoder, images))
     return [vocabulary.decode(ids.tolist()) for chunk in prefix.split(MAX_BATCH) for ids in sample_words(model, chunk)]
-
-
-def edit(model, encoder, vocabulary, images, instructions, generator=None, progress=False, **options):
-    """The images, changed as the instructions say, which nothing was trained for; see `edit_words` for the prefix."""
-    words = edit_words(see_words(model, encoder, images), vocabulary, instructions)
-    return sample_image(model, model.visual_prefix(words), generator, progress, **options)
 
 
 def edit_words(words, vocabulary, instructions):
@@ -261,52 +245,36 @@ def readable(words, vocabulary, sure=0.9):
 # Checkpoints
 
 
-@dataclass
-class Loaded:
-    """A checkpoint, ready to sample: everything in eval mode and frozen."""
-    model: UnifiedModel
-    encoder: torch.nn.Module | None
-    vocabulary: Vocabulary
-    config: dict
-    stage: str
-    step: int
-
-
 def read_checkpoint(path) -> dict:
-    """The dictionary that train.py saved: plain types and tensors, so that no code is run when it is read. Raises ValueError in one sentence.
-
-    format, stage, step, model_config, model, ema, vocabulary, encoder {name, config, state}, config.
-    """
+    """The dictionary that train.py saved (Run.checkpoint): plain types and tensors, so that no code is run when it is read. ValueError in one sentence."""
     if not os.path.isfile(path):
         raise ValueError(f"there is no checkpoint {path}; train one with `python train.py`")
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, KeyError, ValueError) as error:
+    except Exception as error:  # a damaged file raises nearly anything
         raise ValueError(f"the checkpoint {path} is damaged or not one of train.py's ({(str(error).splitlines() or ['empty'])[0]:.90})") from None
-    if not isinstance(saved, dict) or saved.get("format") != FORMAT:
-        found = saved.get("format") if isinstance(saved, dict) else None
+    found = saved.get("format") if isinstance(saved, dict) else None
+    if found != FORMAT:
         raise ValueError(f"the checkpoint {path} has format {found}, this code reads format {FORMAT}: train it again")
     return saved
 
 
-def load_checkpoint(path, device="cpu") -> Loaded:
-    """A checkpoint, ready to sample: the averaged weights where the file has them. Raises ValueError in one sentence."""
+def load_checkpoint(path, device="cpu"):
+    """What a checkpoint holds: model, encoder, vocabulary, config, stage, step. Both modules in eval mode and frozen, the averaged weights
+    where the file has them. Raises ValueError in one sentence."""
     saved = read_checkpoint(path)
     try:
         model = UnifiedModel(ModelConfig(**saved["model_config"]))
         model.load_state_dict(saved["model"] if saved["ema"] is None else saved["ema"])
-        encoder = None
-        if saved["encoder"]["config"] is not None:
-            encoder = ViT(ViTConfig(**saved["encoder"]["config"]))
-            encoder.load_state_dict(saved["encoder"]["state"])
-        elif saved["encoder"]["name"] != "scratch":
-            encoder = load_encoder(saved["encoder"]["name"])
+        name, config, state = (saved["encoder"][key] for key in ("name", "config", "state"))
+        encoder = ViT(ViTConfig(**config)) if config else load_encoder(name)
+        if state:
+            encoder.load_state_dict(state)
+        for module in (model, encoder):
+            module.to(device).eval().requires_grad_(False)
+        return SimpleNamespace(model=model, encoder=encoder, vocabulary=Vocabulary(saved["vocabulary"]), **{k: saved[k] for k in ("config", "stage", "step")})
     except (KeyError, TypeError, AssertionError, RuntimeError) as error:
         raise ValueError(f"the checkpoint {path} does not fit this code ({' '.join(str(error).split()):.120}): train it again") from None
-    for module in (model, encoder):
-        if module is not None:
-            module.to(device).eval().requires_grad_(False)
-    return Loaded(model, encoder, Vocabulary(saved["vocabulary"]), saved["config"], saved["stage"], saved["step"])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -316,29 +284,24 @@ def load_checkpoint(path, device="cpu") -> Loaded:
 def image_grid(rows, row_captions=(), column_captions=(), scale=None):
     """Rows of images with their captions -> one PIL image, small images magnified without blur.
 
-    rows             a list of rows; a row is a tensor (C, 3, H, W) in [0, 1], or a list of them, groups set apart: [base, sft, reca]
-    row_captions     one line above each row (a prompt)
-    column_captions  one title above each group, or above each column of rows that are tensors
-    scale            whole magnification; by default images become about 96 pixels wide
+    A row is a tensor (C, 3, H, W) in [0, 1], or a list of them, groups set apart: [base, sft, reca]; none is longer than the first. A row's caption
+    stands above it, a column's above its group. scale: whole magnification; by default images become about 96 pixels wide.
     """
-    rows = [list(row) if isinstance(row, (list, tuple)) else list(row.split(1)) if len(column_captions) > 1 else [row] for row in rows]
-    H, W = rows[0][0].shape[-2:]
-    scale = scale or max(1, round(96 / W))
-    h, w, gap, margin, line, font = H * scale, W * scale, 4, 16, 22, ImageFont.load_default(size=15)
-    widths = [max(len(row[g]) for row in rows if g < len(row)) * (w + gap) - gap + margin for g in range(max(map(len, rows)))]
-    lefts = [margin + sum(widths[:g]) for g in range(len(widths))]
-    above = line if row_captions else 0
-    tops = [margin // 2 + (line if column_captions else 0) + i * (h + gap + above) for i in range(len(rows) + 1)]
-    captions = [*zip(row_captions, [margin] * len(rows), tops), *zip(column_captions, lefts, [margin // 2] * len(lefts))]
-    right = max([margin + sum(widths)] + [int(left + font.getlength(text)) + margin for text, left, _ in captions])
+    rows = [row if isinstance(row, list) else [row] for row in rows]
+    scale = scale or max(1, round(96 / rows[0][0].shape[-1]))
+    gap, margin, line, font = 4, 16, 22 if row_captions else 0, ImageFont.load_default(size=15)
+    large = lambda group: F.pad(F.interpolate(group.float().cpu().clamp(0, 1), scale_factor=scale), (0, gap, 0, gap), value=1)
+    rows = [[to_pil_image(rearrange(large(group), "n c h w -> c h (n w)")) for group in row] for row in rows]
+    lefts = [margin + sum(group.width - gap + margin for group in rows[0][:g]) for g in range(len(rows[0]) + 1)]
+    tops = [margin // 2 + 22 * bool(column_captions) + i * (rows[0][0].height + line) for i in range(len(rows) + 1)]
+    texts = [*zip(row_captions, repeat(margin), tops), *zip(column_captions, lefts, repeat(margin // 2))]
+    right = max([lefts[-1]] + [int(left + font.getlength(text)) + margin for text, left, _ in texts])
     canvas = Image.new("RGB", (right, tops[-1] + margin // 2), "white")
-    for text, left, top in captions:
+    for text, left, top in texts:
         ImageDraw.Draw(canvas).text((left, top), text, fill="black", font=font)
     for row, top in zip(rows, tops):
         for group, left in zip(row, lefts):
-            for j, image in enumerate(group):
-                picture = to_pil_image(image.detach().float().cpu().clamp(0, 1)).resize((w, h), Image.Resampling.NEAREST)
-                canvas.paste(picture, (left + j * (w + gap), top + above))
+            canvas.paste(group, (left, top + line))
     return canvas
 
 
@@ -355,8 +318,7 @@ def read_images(paths, size):
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
-        print(f"error: {message} (python sample.py --help lists the options)", file=sys.stderr)
-        raise SystemExit(2)
+        raise ValueError(f"{message} (python sample.py --help lists the options)")
 
 
 def parse_args(argv):
@@ -368,13 +330,14 @@ def parse_args(argv):
     parser.add_argument("--n", type=int, help="images for the prompt (16), or for each image (4)")
     parser.add_argument("--out", default="grid.png", help="where the picture goes")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", choices=["cpu", "cuda"][: 1 + torch.cuda.is_available()], default="cuda" if torch.cuda.is_available() else "cpu")
-    for name, kind in {"cfg_scale": float, "steps": int, "temperature": float, "top_k": int, "top_p": float}.items():
+    devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
+    parser.add_argument("--device", choices=devices, default=devices[0])
+    for name, kind in {"cfg_scale": float, "steps": int, "temperature": float}.items():
         parser.add_argument(f"--{name}", type=kind, help="see class Sampling; by default the paradigm's own")
     args = parser.parse_args(argv)
     if bool(args.reconstruct) + bool(args.caption) + bool(args.prompt) != 1 or args.edit and not args.prompt:
         parser.error("give one of --prompt TEXT, --reconstruct IMG, --caption IMG, or --edit IMG with --prompt TEXT")
-    for name, least in {"n": 1, "steps": 1, "cfg_scale": 0, "temperature": 0, "top_k": 0, "top_p": 0}.items():
+    for name, least in {"n": 1, "steps": 1, "cfg_scale": 0, "temperature": 0}.items():
         if getattr(args, name) is not None and not getattr(args, name) >= least:
             parser.error(f"--{name} is {getattr(args, name)}, it must be at least {least}")
     folder, suffix = os.path.dirname(args.out) or ".", os.path.splitext(args.out)[1].lower()
@@ -387,24 +350,22 @@ def run(args):
     """What the command line asks for: prints captions, or draws and saves. Raises ValueError or OSError in one sentence."""
     loaded = load_checkpoint(args.ckpt, args.device)
     model, encoder, vocabulary = loaded.model, loaded.encoder, loaded.vocabulary
-    options = {name: getattr(args, name) for name in ("cfg_scale", "steps", "temperature", "top_k", "top_p")}
-    options |= dict(generator=torch.Generator().manual_seed(args.seed), progress=True)
-    paths = args.reconstruct or args.caption or args.edit or []
-    images = read_images(paths, model.cfg.image_size) if paths else None
+    options = dict(cfg_scale=args.cfg_scale, steps=args.steps, temperature=args.temperature, generator=torch.Generator().manual_seed(args.seed))
+    paths = args.reconstruct or args.caption or args.edit
+    if paths:
+        images = read_images(paths, model.cfg.image_size)
+        seen = [readable(words, vocabulary) for words in see_words(model, encoder, images)]
+        many = images.repeat_interleave(args.n or 4, 0)
     if args.caption:
-        seen = see_words(model, encoder, images)
         for path, words, sentence in zip(paths, seen, caption(model, encoder, vocabulary, images)):
-            print(f"{path}: {sentence}\n    visual words: {readable(words, vocabulary)}")
+            print(f"{path}: {sentence}\n    visual words: {words}")
         return
-    n = args.n or (4 if paths else 16)
     if not paths:
-        drawn = text_to_image(model, vocabulary, [args.prompt] * n, **options)
-        grid = image_grid(drawn.split(8), [args.prompt] + [""] * ((n - 1) // 8))
+        drawn = text_to_image(model, vocabulary, [args.prompt] * (args.n or 16), **options)
+        grid = image_grid(drawn.split(8), [args.prompt])
     else:
-        many = images.repeat_interleave(n, 0)
-        drawn = (edit(model, encoder, vocabulary, many, [args.prompt] * len(many), **options) if args.edit else reconstruct(model, encoder, many, **options))
-        titles = [readable(words, vocabulary) for words in see_words(model, encoder, images)]
-        grid = image_grid([[a[None], b] for a, b in zip(images, drawn.split(n))], titles, ["image", args.prompt or "from its visual words"])
+        drawn = edit(model, encoder, vocabulary, many, [args.prompt] * len(many), **options) if args.edit else reconstruct(model, encoder, many, **options)
+        grid = image_grid([[a[None], b] for a, b in zip(images, drawn.split(args.n or 4))], seen, ["image", args.prompt or "from its visual words"])
     grid.save(args.out)
     print(f"{len(drawn)} images in {args.out}")
 
