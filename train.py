@@ -105,7 +105,6 @@ class Config:
     i2t: float = option(0.1, "weight of image -> words in sft and reca; the paper keeps it where weights are shared")
     replay: float = option(0.5, "weight of the pre-training pairs in sft and reca; the paper's is 0")
     words: float = option(1.0, "weight in align of saying the canonical description, one visual word a word")
-    entropy: float = option(0.0, "final weight of the visual words' entropy in align: makes them words, not mixtures")
     train_connector: bool = option(False, "let the connector learn in reca, as OpenUni's does")
 
     device: str = option("auto", "auto: a GPU where there is one; CUDA_VISIBLE_DEVICES chooses among several", ["auto", "cpu", "cuda"])
@@ -123,17 +122,13 @@ class Config:
     eval_n: int = option(96, "prompts of each category in the report")
 
 
-PRESETS = {
-    "imagenet": dict(image_size=64, patch_size=8, width=384, depth=12, heads=6, text_len=33, encoder="clip-b16", eval_n=1000),
-}
-PRESETS["folder"] = PRESETS["cifar10"] = PRESETS["imagenet"]
-LARGE = dict(patch_size=16, width=768, depth=12, heads=12)  # photographs from 128 px on: JiT-B's sizes, arXiv 2511.13720
+PHOTOS = dict(image_size=64, patch_size=8, width=384, depth=12, heads=6, text_len=33, encoder="clip-b16", eval_n=1000)
+LARGE = PHOTOS | dict(patch_size=16, width=768, heads=12)  # photographs from 128 px on: JiT-B's sizes, arXiv 2511.13720
 SMOKE = dict(encoder_steps=60, pretrain_steps=100, align_steps=40, reca_steps=40, warmup=10, eval_n=24, log_every=10)
 
 # What --resume may change; all else is the run's own.
 CHANGEABLE = {"resume", "out_dir", "data_dir", "cache_dir", "device", "dtype", "compile", "accumulate", "checkpoint_activations", "shard", "workers", "save_every", "keep",
               "log_every", "eval_n", "grad_clip", *(f"{s}_{x}" for s in ("encoder", "pretrain", "align", "reca") for x in ("lr", "steps"))}
-
 
 RANK, LOCAL_RANK = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))  # of this process; torchrun sets them
 WORLD, LOCAL_WORLD = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # how many there are; of them on this machine
@@ -167,9 +162,8 @@ def parse_config(argv) -> tuple[Config, dict]:
         kind = dict(action=argparse.BooleanOptionalAction) if f.type is bool else dict(type=f.type, choices=f.metadata["choices"])
         parser.add_argument(f"--{f.name}", default=argparse.SUPPRESS, help=f"{f.metadata['help']} (default: {f.default})", **kind)
     given = vars(parser.parse_args(argv))
-    preset = PRESETS.get(given.get("dataset"), {})
-    large = LARGE if preset and given.get("image_size", 0) >= 128 else {}
-    return Config(**(preset | large | (SMOKE if given.get("smoke") else {}) | given)), given
+    preset = {} if given.get("dataset", "shapes") == "shapes" else LARGE if given.get("image_size", 0) >= 128 else PHOTOS
+    return Config(**(preset | (SMOKE if given.get("smoke") else {}) | given)), given
 
 
 def check(cfg: Config) -> None:
@@ -182,7 +176,7 @@ def check(cfg: Config) -> None:
     each("image_size patch_size width depth heads batch_size draws understand_batch side_batch accumulate keep log_every save_every eval_n", lambda n: n >= 1, "at least 1")
     each("encoder_steps pretrain_steps align_steps reca_steps warmup encoder_size", lambda n: n >= 0, "at least 0")
     each("encoder_lr pretrain_lr align_lr reca_lr grad_clip", lambda x: 0 < x < math.inf, "a positive number")
-    each("t2t i2t replay words entropy weight_decay", lambda x: 0 <= x < math.inf, "a number, at least 0")
+    each("t2t i2t replay words weight_decay", lambda x: 0 <= x < math.inf, "a number, at least 0")
     each("decay", lambda x: 0 <= x <= 1, "in [0, 1]")
     each("ema", lambda x: 0 <= x < 1, "in [0, 1)")
     each("workers", lambda n: n >= -1, "-1 or more")
@@ -298,7 +292,7 @@ def weights_of(stage: str, cfg: Config) -> dict[str, float]:
     return {
         "encoder": {"caption": scratch, "contrast": 0.25 * scratch, "words": scratch, "t2t": 1.0, "tokenizer": codes},
         "pretrain": {"t2i": 1.0, "t2t": cfg.t2t},
-        "align": {"i2t": 1.0, "words": cfg.words, "entropy": cfg.entropy},
+        "align": {"i2t": 1.0, "words": cfg.words},
         "sft": {"t2i": 1.0} | language,
         "reca": {"recon": 1.0} | language,
     }[stage]
@@ -367,10 +361,10 @@ class Run:
         """Takes over the weights of a checkpoint of the same sizes and words, to begin `stage`; anything else is a user's mistake."""
         saved = read_checkpoint(path)
         try:
-            theirs = saved["model_config"] | {"words": saved["vocabulary"], "encoder": saved["encoder"]["name"]}
-            mine = asdict(self.model.cfg) | {"words": self.vocabulary.words, "encoder": self.cfg.encoder}
-            if differ := [k for k in mine if theirs.get(k) != mine[k] and k != "draws"]:
-                fail(f"the checkpoint {path} is of another configuration: " + "; ".join(f"{k} is {str(theirs.get(k)):.60} there and {str(mine[k]):.60} here" for k in differ))
+            theirs, mine = saved["model_config"] | {"encoder": saved["encoder"]["name"]}, asdict(self.model.cfg) | {"encoder": self.cfg.encoder}
+            differ = [f"{k} is {theirs.get(k)} there and {mine[k]} here" for k in mine if theirs.get(k) != mine[k] and k != "draws"]
+            if differ or saved["vocabulary"] != self.vocabulary.words:
+                fail(f"the checkpoint {path} is of another configuration: {'; '.join(differ) or 'it was trained on other words'}")
             if stage in NEEDS and STAGES.index(saved["stage"]) < STAGES.index(NEEDS[stage]):
                 fail(f"the checkpoint {path} is of stage {saved['stage']}, and --stage {stage} starts from {NEEDS[stage]}: train that stage first")
             self.model.load_state_dict(saved["ema"] or saved["model"])
@@ -504,8 +498,8 @@ class Core(nn.Module):
         self.how = dict(captions="full" if stage == "sft" and run.cfg.captions == "dense" else "caption",
                         train_connector=stage == "reca" and run.cfg.train_connector)
 
-    def forward(self, batch, progress):
-        return total_loss(self.parts["model"], self.parts["encoder"], batch, self.weights, progress, tower=self.parts["tower"], **self.how)
+    def forward(self, batch):
+        return total_loss(self.parts["model"], self.parts["encoder"], batch, self.weights, tower=self.parts["tower"], **self.how)
 
 
 def cost(core: Core, batch: dict, policy: Policy, cfg: Config) -> tuple[int, int]:
@@ -513,7 +507,7 @@ def cost(core: Core, batch: dict, policy: Policy, cfg: Config) -> tuple[int, int
     tokens = []
     hook = core.parts["model"].blocks[0].register_forward_hook(lambda block, args, out: tokens.append(out.shape[0] * out.shape[1]))
     with FlopCounterMode(display=False) as counter, policy.autocast():
-        core(part_of_batch(batch, 0, cfg.accumulate), torch.zeros((), device=policy.device))[0].backward()
+        core(part_of_batch(batch, 0, cfg.accumulate))[0].backward()
     hook.remove()
     core.zero_grad()
     return counter.get_total_flops() * cfg.accumulate, sum(tokens) * cfg.accumulate
@@ -533,12 +527,12 @@ def prepare(core: Core, policy: Policy, shard: bool) -> nn.Module:
     return DistributedDataParallel(core, device_ids=ids, static_graph=True) if WORLD > 1 else core
 
 
-def update(core, batch: dict, progress, optimizers: list, scaler, policy: Policy, cfg: Config) -> dict[str, torch.Tensor]:
+def update(core, batch: dict, optimizers: list, scaler, policy: Policy, cfg: Config) -> dict[str, torch.Tensor]:
     """One optimizer step. Returns the terms of the loss, and the norm of the gradient."""
     sums = {}
     for i in range(cfg.accumulate):
         with policy.autocast():
-            loss, parts = core(part_of_batch(batch, i, cfg.accumulate), progress)
+            loss, parts = core(part_of_batch(batch, i, cfg.accumulate))
         scaler.scale(loss / cfg.accumulate).backward()
         for term, value in parts.items():
             sums[term] = sums.get(term, 0) + value.detach().float() / cfg.accumulate
@@ -600,7 +594,7 @@ def train_stage(run: Run, stage: str, interrupt: Interrupt, saved: dict | None =
     interrupt.training = True
     for step in tqdm(range(start, steps), desc=stage, initial=start, total=steps, leave=False, disable=RANK > 0 or None):
         set_lr(optimizers, lr := learning_rate(step, steps, peak, cfg))
-        parts = update(core, batch, torch.tensor(step / steps, device=policy.device), optimizers, scaler, policy, cfg)
+        parts = update(core, batch, optimizers, scaler, policy, cfg)
         batch = next_batch(streams, policy.device)  # while a GPU still computes
         history.append(torch.stack(list(parts.values())))
         for name, p in averaged.items():
@@ -702,12 +696,12 @@ def bench(cfg: Config, steps: int = 20) -> None:
         core, optimizers, scaler = Core(run, "reca", {"recon": 1.0}), make_optimizers(run.parameters_of("reca"), cfg), policy.scaler()
         batch = {"main": {"image": torch.rand(cfg.batch_size, 3, cfg.image_size, cfg.image_size, device=policy.device)}}
         flops, tokens = cost(core, batch, policy, cfg)
-        core, progress = prepare(core, policy, False), torch.zeros((), device=policy.device)
+        core = prepare(core, policy, False)
         set_lr(optimizers, 1e-4)
         for step in range(-5, steps):
             if step == 0:  # the steps before were to warm up
                 began = policy.now()
-            update(core, batch, progress, optimizers, scaler, policy, cfg)
+            update(core, batch, optimizers, scaler, policy, cfg)
         rate, peak = steps / (policy.now() - began), policy.peak_flops
         rows.append({"dtype": dtype, "compiled": compiled == "on", "steps_per_second": rate, "images_per_second": rate * cfg.batch_size,
                      "tokens_per_second": rate * tokens, "teraflops_per_second": rate * flops / 1e12, "mfu": rate * flops / peak if peak else None,
