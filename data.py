@@ -1,14 +1,11 @@
-"""Data: the embedded `shapes` world, image folders, words, and the loader.
+"""Data: the embedded `shapes` world, image folders, words, the loader, and a cache of the encoder's features.
 
-`shapes` is a world with exact ground truth, so that the claims of Reconstruction Alignment (arXiv 2509.07295) can be
-checked exactly and with no download. A scene is a few coloured shapes on a 3 x 3 grid. What makes it a model of the
-paper's problem is what its captions leave out:
+`shapes` is a world with exact ground truth, so that the claims of Reconstruction Alignment (arXiv 2509.07295) can be checked exactly and with no download.
+A scene is a few coloured shapes on a 3 x 3 grid. What makes it a model of the paper's problem is what its captions leave out:
 
-  * The *generator's* captions are sparse, as web captions are: they name objects and counts, a colour in one mention
-    of twenty, a relation in three captions of ten. And its images are biased: each shape has a usual colour.
-    That is the paper's broccoli, which is always green and whose colour nobody mentions.
-  * The *understanding* side sees full descriptions of unbiased scenes, as CLIP and instruction-tuned language models
-    have seen far richer language than a generator's captions.
+  * The *generator's* captions are sparse, as web captions are: they name objects and counts, a colour in one mention of twenty, a relation in three captions
+    of ten. And its images are biased: each shape has a usual colour. That is the paper's broccoli, always green, whose colour nobody mentions.
+  * The *understanding* side sees full descriptions of unbiased scenes, as CLIP and instruction-tuned language models have seen far richer language.
   * RecA's images are unbiased scenes, with no caption at all.
 
 Every data set here answers one question, `__getitems__([(epoch, index), ...])`, with one dictionary:
@@ -77,19 +74,15 @@ class Vocabulary:
         return len(self.words)
 
     def encode(self, text: str, length: int, strict: bool = False) -> list[int]:
-        """`<bos> words <eos> <pad> ...`, `length` ids.
-
-        strict: refuse what the model cannot read, as a prompt must; otherwise <unk> and cut, as a training caption may.
-        Raises ValueError with the nearest known words, or with the number of words that fit.
-        """
+        """`<bos> words <eos> <pad> ...`, `length` ids. What the model cannot read is <unk> or cut off, as a training caption may;
+        strict, for a prompt: raises ValueError with the nearest known words, or with the number of words that fit."""
         words = split_words(text)
-        if strict:
-            for word in words:
-                if word not in self.ids:
-                    near = difflib.get_close_matches(word, self.words[4:], 3, 0.5) or self.words[4:10]
-                    raise ValueError(f"the prompt {text!r} holds the unknown word {word!r}; known words near it: {', '.join(near)}")
-            if len(words) > length - 1:
-                raise ValueError(f"the prompt {text!r} has {len(words)} words, and this model reads at most {length - 1}: shorten it")
+        for word in words if strict else ():
+            if word not in self.ids:
+                near = difflib.get_close_matches(word, self.words[4:], 3, 0.5) or self.words[4:10]
+                raise ValueError(f"the prompt {text!r} holds the unknown word {word!r}; known words near it: {', '.join(near)}")
+        if strict and len(words) > length - 1:
+            raise ValueError(f"the prompt {text!r} has {len(words)} words, and this model reads at most {length - 1}: shorten it")
         ids = [BOS] + [self.ids.get(w, UNK) for w in words][: length - 1] + [EOS]
         return (ids + [PAD] * length)[:length]
 
@@ -139,11 +132,9 @@ class Scene:
 def relation(a: int, b: int) -> str | None:
     """How cell a stands to cell b: 'left', 'right', 'above' or 'below'; None where neither axis prevails."""
     dy, dx = a // GRID - b // GRID, a % GRID - b % GRID
-    if abs(dx) > abs(dy):
-        return "left" if dx < 0 else "right"
-    if abs(dy) > abs(dx):
-        return "above" if dy < 0 else "below"
-    return None
+    if abs(dx) == abs(dy):
+        return None
+    return ("left" if dx < 0 else "right") if abs(dx) > abs(dy) else "above" if dy < 0 else "below"
 
 
 def random_scene(rng: random.Random, biased: bool, kind: str | None = None) -> Scene:
@@ -253,31 +244,25 @@ def is_full(claim: Claim) -> bool:
 # The shapes world: pixels
 
 
-def _inside(shape: str, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """Which points of [-1, 1]^2 (y downwards) a shape covers."""
-    if shape == "circle":
-        return x * x + y * y < 0.90 ** 2
-    if shape == "square":
-        return (x.abs() < 0.76) & (y.abs() < 0.76)
-    if shape == "triangle":
-        return (y < 0.75) & (y > -0.85 + 1.72 * x.abs())
-    if shape == "diamond":
-        return x.abs() / 0.72 + y.abs() / 0.95 < 1
-    if shape == "cross":
-        return ((x.abs() < 0.27) | (y.abs() < 0.27)) & (x.abs() < 0.88) & (y.abs() < 0.88)
-    angle = (torch.atan2(x, -y) / (2 * math.pi) * 5) % 1  # star: five rays, the radius falling from tip to notch
-    ray = (angle - 0.5).abs() * 2                         # 1 at a tip, 0 at a notch
-    tip, notch = 0.95, 0.40
-    a = (1 - ray) * math.pi / 5                           # the angle off the tip; the edge is a straight line
-    edge = tip * notch * math.sin(math.pi / 5) / (notch * torch.sin(math.pi / 5 - a) + tip * torch.sin(a))
-    return x * x + y * y < edge ** 2
+def covers(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Which points of [-1, 1]^2 (y downwards) each shape covers, in the order of SHAPES: x, y (H, W) -> (shapes, H, W)."""
+    ray = ((torch.atan2(x, -y) / (2 * math.pi) * 5) % 1 - 0.5).abs() * 2  # a star has five: 1 at a tip, 0 at a notch
+    tip, notch, angle = 0.95, 0.40, (1 - ray) * math.pi / 5               # two radii, and the angle off the tip; the edge is a straight line
+    edge = tip * notch * math.sin(math.pi / 5) / (notch * torch.sin(math.pi / 5 - angle) + tip * torch.sin(angle))
+    return torch.stack([
+        x * x + y * y < 0.90 ** 2,
+        (x.abs() < 0.76) & (y.abs() < 0.76),
+        (y < 0.75) & (y > -0.85 + 1.72 * x.abs()),
+        x * x + y * y < edge ** 2,
+        x.abs() / 0.72 + y.abs() / 0.95 < 1,
+        ((x.abs() < 0.27) | (y.abs() < 0.27)) & (x.abs() < 0.88) & (y.abs() < 0.88)])
 
 
 def sprites(cell: int) -> torch.Tensor:
     """Every content of a cell: (len(BACKGROUNDS), 1 + shapes * colors, 3, cell, cell) in [0, 1], anti-aliased 8 x 8."""
     fine = (torch.arange(cell * 8) + 0.5) / (cell * 4) - 1
     y, x = torch.meshgrid(fine, fine, indexing="ij")
-    cover = torch.stack([torch.zeros_like(x)] + [_inside(s, x, y).float() for s in SHAPES for _ in COLORS])
+    cover = torch.cat([torch.zeros_like(x)[None], covers(x, y).repeat_interleave(len(COLORS), 0)])  # (1 + shapes * colors, 8 cell, 8 cell)
     cover = rearrange(cover, "n (h a) (w b) -> n 1 h w (a b)", a=8, b=8).mean(-1)
     ink = torch.tensor([(0, 0, 0)] + RGB * len(SHAPES))[:, :, None, None] / 255
     paper = torch.tensor(BACKGROUNDS)[:, None, :, None, None] / 255
@@ -349,7 +334,7 @@ warnings.filterwarnings("ignore", module="PIL")  # what Pillow cannot read is na
 
 
 class Strings:
-    """A read-only list of strings in one block: workers share it, where a million str objects would be copied by each."""
+    """A read-only list of strings in one block of memory, which workers share; a million str objects would be copied by each."""
 
     def __init__(self, strings):
         parts = [s.encode("utf-8", "surrogatepass") for s in strings]
@@ -372,8 +357,8 @@ def stamp(path: str) -> list[int]:
 def list_files(root: str, cache_dir: str = "") -> list[str]:
     """Relative paths of all images and metadata files below root, sorted; dot files are left out, links followed.
 
-    A second call reads them from an index (in cache_dir, default ~/.cache/reca) while no folder's stamp has moved. A damaged
-    index is made again. Raises ValueError where a folder cannot be listed.
+    A second call reads them from an index in cache_dir (default: ~/.cache/reca), while no folder's stamp has moved.
+    Raises ValueError where a folder cannot be listed.
     """
     root, cache_dir = os.path.abspath(root), cache_folder(cache_dir)
     index = os.path.join(cache_dir, f"index_{hashlib.sha256(os.fsencode(root)).hexdigest()[:16]}.json.gz")
@@ -453,9 +438,8 @@ def to_tensor(images: list[Image.Image]) -> torch.Tensor:
 class Photos(Dataset):
     """Photographs with captions. Image i is root/files[i]; the lines of captions[i] are its wordings, the plain one first.
 
-    An image that cannot be read is skipped: the next one that can stands in, whatever the number of workers, and the
-    batch names it, `bad`: list of (path, reason). Flips (in training) and wordings change with the epoch.
-    Raises ValueError where no image can be read.
+    An image that cannot be read is skipped: the next one that can stands in, whatever the number of workers, and the batch names it in `bad`, a list of
+    (path, reason). Flips (in training) and wordings change with the epoch. Raises ValueError where no image can be read.
     """
 
     def __init__(self, root: str, files: list[str], captions: list[str], split: str, image_size: int, seed: int,
@@ -488,11 +472,9 @@ class Photos(Dataset):
             try:
                 if index not in self.bad:
                     return index, self.read(index)
-            except MemoryError:
-                raise
             except Exception as error:  # Pillow's plugins raise nearly anything for a damaged file
-                if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE):
-                    raise  # too many open files: no fault of the image
+                if isinstance(error, MemoryError) or getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE):
+                    raise  # no memory, too many open files: no fault of the image
                 self.bad[index] = " ".join(f"{type(error).__name__}: {error}".split())
             skipped.append(index)
         raise ValueError(f"none of the {len(self)} images below {self.root} can be read; the last one: {self.bad[index]}")
@@ -539,10 +521,8 @@ def class_captions(names: str) -> str:
 
 
 def class_names(data_dir: str, classes: list[str]) -> dict[str, str]:
-    """The comma-separated names of class folders: from a list in data_dir, from torchvision, or the folders' own.
-
-    Raises ValueError where the folders are WordNet ids and nothing says what they mean.
-    """
+    """The comma-separated names of class folders: from a list in data_dir, from torchvision, or the folders' own. Raises ValueError where they are
+    WordNet ids and nothing says what they mean."""
     for path in (os.path.join(data_dir, name) for name in CLASS_LISTS):
         if os.path.isfile(path):
             with open(path, encoding="utf-8", errors="replace") as file:
@@ -584,10 +564,8 @@ def captioned(root: str, paths: list[str], name: str, data_dir: str) -> tuple[li
     files = [path for path in paths if os.path.basename(path) not in METADATA]
     if not files:
         raise ValueError(f"no images below {root} (looked for {' '.join(sorted(SUFFIXES))}); {_content(root)}")
-    if lost := sorted(captions.keys() - set(files)):
-        if len(lost) == len(captions):
-            raise ValueError(f"the metadata below {root} names no image that is there, neither {lost[0]!r}: `file_name` is relative to the metadata's folder")
-        warnings.warn(f"{len(lost)} of {len(captions)} images named by the metadata below {root} are not there, such as {lost[0]!r}")
+    if captions and captions.keys().isdisjoint(files):
+        raise ValueError(f"the metadata below {root} names no image that is there, neither {min(captions)!r}: `file_name` is relative to the metadata's folder")
     folders, names = [os.path.dirname(path) for path in files], {}
     if name == "imagenet":
         if "" in folders:
@@ -610,9 +588,8 @@ def make_dataset(name: str, split: str, data_dir: str = "", image_size: int = 48
                  vocabulary: Vocabulary | None = None, text_len: int = 32, cache_dir: str = "") -> Dataset:
     """The data set `name`, one of DATASETS. split: 'pretrain', 'understand', 'reca' or 'test'.
 
-    Photographs have no bias to remove: the first three splits are the training images, 'test' is val/. A folder without
-    train/ and val/ keeps one image in twenty for 'test', always the same ones.
-    vocabulary: that of a checkpoint, else all words of the training captions. cache_dir: see `list_files`.
+    Photographs have no bias to remove: the first three splits are the training images, 'test' is val/. A folder without train/ and val/ keeps one image
+    in twenty for 'test', always the same ones. vocabulary: that of a checkpoint, else all words of the training captions. cache_dir: see `list_files`.
     Raises ValueError with a sentence for the user where the images are not as they should be.
     """
     if name not in DATASETS:
@@ -645,11 +622,8 @@ def make_dataset(name: str, split: str, data_dir: str = "", image_size: int = 48
 
 
 def keys(size: int, batch_size: int, seed: int, start: int = 0, rank: int = 0, world: int = 1):
-    """Batches of (epoch, index) without end: one seeded permutation an epoch, the same for any number of workers.
-
-    `start` is the number of batches already used: a resumed run goes on with the very next one.
-    Of several processes each gets its share of every batch: `rank` of `world`.
-    """
+    """Batches of (epoch, index) without end: one seeded permutation an epoch. `start` is the number of batches already used: a resumed run goes on with the
+    very next one. Of several processes each gets its share of every batch: `rank` of `world`."""
     assert size >= 1, "the data set is empty"
     assert batch_size % world == 0, f"{batch_size=} cannot be shared by {world=} processes"
     epoch, share = -1, batch_size // world
@@ -723,10 +697,9 @@ def encoder_identity(encoder: torch.nn.Module, size: int, dtype: torch.dtype):
 def cache_features(dataset: Dataset, encode, identity, cache_dir: str = "", workers: int = 0, rank: int = 0, world: int = 1) -> Cached:
     """The data set with its features; those not in the cache yet are computed: encode(images (B, 3, H, W)) -> (B, tokens, D_enc).
 
-    Images are not flipped any more: the file would be twice as large. Its name is a hash of all that features depend on,
-    `identity` (pieces, bytes) being the encoder's part. A stopped computation goes on where it was: at the file's end is a
-    byte for each block of images, set once the block is on the disk. Of several processes each computes its share.
-    Raises ValueError with a sentence for the user.
+    Images are not flipped any more: the file would be twice as large. Its name is a hash of all that features depend on, `identity` (pieces, bytes) being
+    the encoder's part. A stopped computation goes on where it was: at the file's end is a byte for each block of images, set once the block is on the disk.
+    Of several processes each computes its share. Raises ValueError with a sentence for the user.
     """
     dataset.flip = False
     few = list(range(min(8, BLOCK, len(dataset))))

@@ -217,6 +217,16 @@ def test_sixty_bad_images_of_twelve_kinds_are_named_and_skipped(tmp_path):
     assert len(named()) == 60, "a resumed run names an image a second time"
 
 
+def test_two_streams_of_one_folder_name_a_bad_image_once(tmp_path):
+    root = make_folder(tmp_path)
+    (tmp_path / "train" / "cat" / "004.JPEG").write_bytes(b"no image")
+    streams = [data.batches(data.make_dataset("imagenet", split, root, 8), 2, seed=0, bad_file=str(tmp_path / "bad.txt")) for split in ("reca", "pretrain")]
+    for _ in range(10):
+        for stream in streams:
+            next(stream)
+    assert [os.path.basename(line.split("\t")[0]) for line in (tmp_path / "bad.txt").read_text().splitlines()] == ["004.JPEG"]
+
+
 def test_the_next_good_image_stands_in_with_its_own_caption(tmp_path):
     root = make_folder(tmp_path)
     for i in (8, 9):  # the last of the cats: an otter follows
