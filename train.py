@@ -325,6 +325,8 @@ class Run:
             noise_scale=cfg.patch_size / 8))
         tower = CaptionTower(len(self.vocabulary), cfg.text_len, 128, self.encoder.cfg.width)
         self.parts = nn.ModuleDict({"encoder": self.encoder, "tower": tower, "model": self.model}).to(policy.device)
+        with torch.no_grad():  # images of a size that this encoder cannot read are a mistake to be told now, not when align begins
+            self.encoder(self.model.for_encoder(torch.zeros(1, 3, cfg.image_size, cfg.image_size, device=policy.device)))
         if cfg.checkpoint_activations:
             for block in self.model.blocks:
                 block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)

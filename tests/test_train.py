@@ -288,6 +288,7 @@ shapes | unrecognized
 --dataset folder --data_dir {place}/done | no images
 --dataset imagenet --data_dir {place}/bad_photos --encoder scratch | public weights
 --encoder clip-b17 | did you mean clip-b16
+--encoder {fixtures}/hf_clip | not a multiple of the encoder's patch size
 --encoder {place}/nowhere | neither a path nor an encoder
 --encoder {place}/empty | holds none of
 --encoder {place}/text.pt | text.pt
@@ -333,7 +334,7 @@ def test_a_mistake_gets_one_sentence_before_any_work(line, place, capsys, monkey
     before = sorted((p, p.stat().st_mtime) for p in place.rglob("*.pt"))
     base = TINY if "--dataset" not in options else []
     with pytest.raises(SystemExit) as end:
-        train.main([*base, "--out_dir", str(tmp_path / "out"), *options.format(place=place).split()])
+        train.main([*base, "--out_dir", str(tmp_path / "out"), *options.format(place=place, fixtures=ROOT / "tests/fixtures/encoder").split()])
     message = capsys.readouterr().err.strip()
     assert end.value.code == 2, f"exit code {end.value.code}"
     assert message.startswith("error: ") and "\n" not in message and "Traceback" not in message, message
