@@ -20,8 +20,7 @@ How the image itself is made is one of four *paradigms*, and only the image posi
     mar      Harmon, MAR                 its clean patch, or [MASK]      all the image     what a small flow MLP draws it from
 
 A fifth is one class here (see IMAGES), one loss in recon_loss.py and one sampler in sample.py.
-# B batch, T prefix length, K = T - 1 visual words, N image positions, S any sequence, D width, H heads, V words, C codes,
-# P pixels of a patch
+# B batch, T prefix length, K = T - 1 visual words, N image positions, S any sequence, D width, H heads, V words, C codes, P pixels of a patch
 """
 import math
 from dataclasses import dataclass
@@ -30,6 +29,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange
+from einops.layers.torch import Rearrange
 
 
 @dataclass
@@ -65,7 +65,6 @@ class ModelConfig:
 
 class KVCache:
     """Keys and values of what was read so far: (depth, 2, B, H, length, D / H), room for `length` positions."""
-
     def __init__(self, cfg: ModelConfig, batch: int, length: int, device, dtype):
         shape = (cfg.depth, 2, batch, cfg.heads, length, cfg.width // cfg.heads)
         self.kv = torch.empty(shape, device=device, dtype=dtype)
@@ -80,7 +79,6 @@ class KVCache:
 
 class Attention(nn.Module):
     """Multi-head attention; queries from x, keys and values from x or from `context`."""
-
     def __init__(self, width: int, heads: int, context_width: int | None = None):
         super().__init__()
         self.heads = heads
@@ -99,7 +97,6 @@ class Attention(nn.Module):
 
 class Block(nn.Module):
     """Pre-norm transformer block: attention, optional cross-attention to `context`, MLP. No biases: LayerNorm without one is as fast as any norm, everywhere."""
-
     def __init__(self, width: int, heads: int, context_width: int | None = None):
         super().__init__()
         self.norm1, self.attn = nn.LayerNorm(width, bias=False), Attention(width, heads)
@@ -117,7 +114,6 @@ class Block(nn.Module):
 
 class Connector(nn.Module):
     """Patch tokens of the understanding encoder -> logits of K visual words."""
-
     def __init__(self, cfg: ModelConfig):
         super().__init__()
         self.queries = nn.Parameter(torch.empty(cfg.text_len - 1, cfg.width))
@@ -136,7 +132,6 @@ class Connector(nn.Module):
 
 class TimeEmbedding(nn.Module):
     """t in [0, 1], any shape -> (..., D): sines and cosines, then an MLP (arXiv 2212.09748)."""
-
     def __init__(self, width: int, frequencies: int = 64):
         super().__init__()
         self.register_buffer("freqs", 1000 * torch.exp(-torch.arange(frequencies) / frequencies * 9.2103), persistent=False)  # 1000 ... 0.1
@@ -154,7 +149,6 @@ class TimeEmbedding(nn.Module):
 class NoisedPatches(nn.Module):
     """flow: each position holds a noised patch, all at one time t, and says the clean patch (x-prediction, arXiv 2511.13720)."""
     causal, holds_codes = False, False
-
     def __init__(self, cfg: ModelConfig):
         super().__init__()
         pixels = 3 * cfg.patch_size ** 2
@@ -173,7 +167,6 @@ class NoisedPatches(nn.Module):
 class MaskedCodes(nn.Module):
     """mask: each position holds its code or [MASK]. Codes share wte and lm_head with the words: words, then codes, then [MASK]."""
     causal, holds_codes = False, True
-
     def __init__(self, cfg: ModelConfig):
         super().__init__()
 
@@ -192,7 +185,6 @@ class CausalCodes(MaskedCodes):
 class MaskedPatches(nn.Module):
     """mar: each position holds its clean patch or [MASK]; from its state a small MLP draws the patch (arXiv 2406.11838)."""
     causal, holds_codes = False, False
-
     def __init__(self, cfg: ModelConfig):
         super().__init__()
         self.patch_embed = nn.Linear(3 * cfg.patch_size ** 2, cfg.width)
@@ -211,7 +203,6 @@ IMAGES = {"flow": NoisedPatches, "ar": CausalCodes, "mask": MaskedCodes, "mar": 
 
 class ModulatedMLP(nn.Module):
     """A residual MLP whose input is shifted and scaled, and whose output is gated, by a condition (adaLN-zero, arXiv 2212.09748)."""
-
     def __init__(self, width: int):
         super().__init__()
         self.norm, self.ada = nn.LayerNorm(width, bias=False), nn.Linear(width, 3 * width)
@@ -224,7 +215,6 @@ class ModulatedMLP(nn.Module):
 
 class FlowMLP(nn.Module):
     """x-prediction for one patch: its noised self, its time and the transformer's state -> the clean patch (arXiv 2406.11838, 4.2; noise there)."""
-
     def __init__(self, cfg: ModelConfig):
         super().__init__()
         width, pixels = cfg.flow_mlp_width, 3 * cfg.patch_size ** 2
@@ -268,8 +258,8 @@ class Tokenizer(nn.Module):
         self.side = cfg.image_size // cfg.code_stride
         self.register_buffer("levels", torch.tensor(cfg.code_levels), persistent=False)
         self.register_buffer("basis", torch.tensor([math.prod(cfg.code_levels[:i]) for i in range(d)]), persistent=False)
-        self.encoder = nn.Sequential(nn.PixelUnshuffle(first), nn.Conv2d(3 * first ** 2, w, 3, padding=1), ResBlock(w),
-                                     nn.PixelUnshuffle(2), nn.Conv2d(4 * w, w, 1), ResBlock(w), ResBlock(w), nn.GroupNorm(8, w), nn.Conv2d(w, d, 1))
+        self.encoder = nn.Sequential(nn.PixelUnshuffle(first), nn.Conv2d(3 * first ** 2, w, 3, padding=1), ResBlock(w), nn.PixelUnshuffle(2),
+                                     nn.Conv2d(4 * w, w, 1), ResBlock(w), ResBlock(w), nn.GroupNorm(8, w), nn.Conv2d(w, d, 1), Rearrange("b d h w -> b (h w) d"))
         self.decoder = nn.Sequential(nn.Conv2d(d, w, 1), ResBlock(w), ResBlock(w), nn.Conv2d(w, 4 * w, 1), nn.PixelShuffle(2),
                                      ResBlock(w), nn.GroupNorm(8, w), nn.Conv2d(w, 3 * first ** 2, 3, padding=1), nn.PixelShuffle(first))
 
@@ -288,10 +278,8 @@ class Tokenizer(nn.Module):
         return 2 * (codes[..., None] // self.basis % self.levels) / (self.levels - 1) - 1
 
     def forward(self, images):
-        """Images (B, 3, H, W) in [0, 1] -> the same through the bottleneck, and their rounded values (B, N, d)."""
-        z = rearrange(self.encoder(images * 2 - 1), "b d h w -> b (h w) d")
-        values = self.quantize(z)
-        return self.decode_values(values), values
+        """Images (B, 3, H, W) in [0, 1] -> the same through the bottleneck."""
+        return self.decode_values(self.quantize(self.encoder(images * 2 - 1)))
 
     def decode_values(self, values):
         return self.decoder(rearrange(values, "b (h w) d -> b d h w", h=self.side)) / 2 + 0.5
@@ -299,7 +287,7 @@ class Tokenizer(nn.Module):
     @torch.no_grad()
     def encode(self, images):
         """Images (B, 3, H, W) in [0, 1] -> codes (B, N)."""
-        return self.to_codes(self.quantize(rearrange(self.encoder(images * 2 - 1), "b d h w -> b (h w) d")))
+        return self.to_codes(self.quantize(self.encoder(images * 2 - 1)))
 
     @torch.no_grad()
     def decode(self, codes):
@@ -309,7 +297,6 @@ class Tokenizer(nn.Module):
 
 class UnifiedModel(nn.Module):
     """Words, visual words and image positions through one transformer: one head for words and codes, one for patches."""
-
     def __init__(self, cfg: ModelConfig):
         super().__init__()
         assert cfg.image_size % cfg.patch_size == 0, f"{cfg.image_size=} must be a multiple of {cfg.patch_size=}"

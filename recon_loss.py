@@ -10,7 +10,6 @@ encoder saw of it: its visual words (see model.py). No caption is used. Left of 
 
 Flow convention, here and everywhere: x_t = t * image + (1 - t) * noise. t = 0 is noise, t = 1 the image, and
 velocity = image - noise points from noise to image.
-
 # B batch, T prefix length, K visual words, N image positions, D width, V words, P pixels of a patch
 """
 import math
@@ -176,11 +175,8 @@ def mean_where(mask, values):
 
 
 def words_loss(words, canonical):
-    """-log p(word k of the canonical description | image), mean over the K places. words (B, K, V), canonical (B, T).
-
-    Parallel prediction (CapPa, arXiv 2306.07915, section 3). Not in RecA's paper, whose language models read loose features; a small
-    model's visual words become language by it, so that what RecA teaches after them holds after a prompt too.
-    """
+    """-log p(word k of the canonical description | image), mean over the K places: parallel prediction (CapPa, arXiv 2306.07915, section 3).
+    words (B, K, V), canonical (B, T). Not in RecA's paper, whose language models read loose features; here it makes visual words language."""
     return F.nll_loss(words.clamp(min=1e-9).log().flatten(0, 1), canonical[:, 1:].flatten())
 
 
@@ -204,8 +200,6 @@ def contrast_loss(image, text, log_scale, bias):
     return -F.logsigmoid(y * logits).sum(1).mean()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-
 
 def total_loss(model, encoder, batch, weights, progress=0.0, tower=None, captions="caption", train_connector=False):
     """The weighted sum of the terms with a positive weight, and each term by itself: (scalar, {term: scalar}).
@@ -216,7 +210,6 @@ def total_loss(model, encoder, batch, weights, progress=0.0, tower=None, caption
     captions  what t2i reads: "caption" (sparse) or "full" (dense)
     """
     on = {term for term, weight in weights.items() if weight > 0}
-    assert on, f"no term has a positive weight: {weights}"
     main, understand, replay = (batch.get(name) for name in ("main", "understand", "replay"))
     features = words = text = logits = None
     if on & {"caption", "contrast"}:                                             # an encoder from scratch learns
@@ -235,9 +228,9 @@ def total_loss(model, encoder, batch, weights, progress=0.0, tower=None, caption
         "contrast": lambda: contrast_loss(features.pooled, text, tower.log_scale, tower.bias),
         "words": lambda: words_loss(words, understand["canonical"]),
         "entropy": lambda: entropy(words),
-        "tokenizer": lambda: F.mse_loss(model.tokenizer(main["image"])[0], main["image"]),
+        "tokenizer": lambda: F.mse_loss(model.tokenizer(main["image"]), main["image"]),
     }
-    assert weights.keys() <= terms.keys(), f"unknown terms {sorted(weights.keys() - terms.keys())}; known: {', '.join(terms)}"
+    assert on and weights.keys() <= terms.keys(), f"no positive weight, or an unknown term: {weights}; known: {', '.join(terms)}"
     parts = {term: value() for term, value in terms.items() if term in on}
     loss = sum(weights[term] * (progress if term == "entropy" else 1) * part for term, part in parts.items())
     return loss, parts  # detached by the caller: of a loss that is its only term, torch.compile would detach both

@@ -52,8 +52,8 @@ class Sampling:
 def sample_flow(model, prefix, how, generator):
     """flow: from noise (t = 0) to image (t = 1), all patches together."""
     look = read_guided(model, prefix, how)
-    shape = len(prefix), model.cfg.image_len, 3 * model.cfg.patch_size ** 2
     predict = lambda x_t, t: guided(how, look, x_t, t.expand(len(x_t)))
+    shape = len(prefix), model.cfg.image_len, 3 * model.cfg.patch_size ** 2
     return unpatchify(denoise(predict, shape, model, how, how.steps, generator), model.cfg.patch_size)
 
 
@@ -67,12 +67,9 @@ def sample_ar(model, prefix, how, generator):
 
 
 def sample_mask(model, prefix, how, generator):
-    """mask: all codes at once, keep those most sure of, and again (MaskGIT, arXiv 2202.04200, section 3.2).
-
-    How sure: the log-probability of the code drawn, plus noise that fades out, without which the drawings vary too little.
-    """
-    N, mask = model.cfg.image_len, model.cfg.codes
-    look = read_guided(model, prefix, how)
+    """mask: all codes at once, keep those most sure of, and again (MaskGIT, arXiv 2202.04200, section 3.2). How sure: the log-probability
+    of the code drawn, plus noise that fades out, without which the drawings vary too little."""
+    look, N, mask = read_guided(model, prefix, how), model.cfg.image_len, model.cfg.codes
     codes = torch.full((len(prefix), N), mask, device=prefix.device)
     for k, left in enumerate(masked_left(N, how.steps), start=1):
         logits = guided(how, look, codes)                                        # (B, N, C)
@@ -86,24 +83,20 @@ def sample_mask(model, prefix, how, generator):
 
 def sample_mar(model, prefix, how, generator):
     """mar: patches in a random order, a group at a time, each patch drawn by the flow MLP (arXiv 2406.11838, section 3.4)."""
-    B, N, P = len(prefix), model.cfg.image_len, 3 * model.cfg.patch_size ** 2
-    look = read_guided(model, prefix, how)
+    look, B, N, P = read_guided(model, prefix, how), len(prefix), model.cfg.image_len, 3 * model.cfg.patch_size ** 2
+    copies = 1 if how.cfg_scale == 1 else 2                                      # of the states: with the condition, and without
     order = torch.rand(B, N, generator=generator).argsort(1).to(prefix.device)   # each row a permutation: every position once
     x, masked, done = prefix.new_zeros(B, N, P), torch.ones(B, N, dtype=torch.bool, device=prefix.device), 0
     for left in masked_left(N, how.steps):
-        group = order[:, done: N - left]                                         # (B, G)
-        h = look(*doubled(how, x, masked))                                       # (2 B, N, D)
-        rows = torch.arange(len(h), device=h.device)[:, None]
-        h = h[rows, group.repeat(len(h) // B, 1)]                                # (2 B, G, D)
-        head = lambda x_t, t: model.image.flow_mlp(x_t, t, h)
-        predict = lambda x_t, t: guided(how, head, x_t, t.expand(x_t.shape[:2]))
-        x[rows[:B], group] = denoise(predict, (*group.shape, P), model, how, HEAD_STEPS, generator)
-        masked[rows[:B], group], done = False, N - left
+        group = order[:, done: N - left, None]                                   # (B, G, 1)
+        h = look(x.repeat(copies, 1, 1), masked.repeat(copies, 1)).take_along_dim(group.repeat(copies, 1, 1), 1)  # (2 B, G, D)
+        predict = lambda x_t, t: guided(how, partial(model.image.flow_mlp, h=h), x_t, t.expand(x_t.shape[:2]))
+        drawn = denoise(predict, (B, group.shape[1], P), model, how, HEAD_STEPS, generator)
+        x, masked, done = x.scatter(1, group.expand_as(drawn), drawn), masked.scatter(1, group[..., 0], False), N - left
     return unpatchify(x, model.cfg.patch_size)
 
 
-# What each paradigm draws with, and how unless told otherwise
-IMAGE_SAMPLER = {
+IMAGE_SAMPLER = {  # what each paradigm draws with, and how unless told otherwise
     "flow": (sample_flow, Sampling(cfg_scale=2.0, steps=50, renew=1.0)),
     "ar": (sample_ar, Sampling(cfg_scale=1.5, temperature=0.5)),
     "mask": (sample_mask, Sampling(cfg_scale=2.0, steps=18, temperature=0.7)),
@@ -114,9 +107,8 @@ IMAGE_SAMPLER = {
 def denoise(predict, shape, model, how, steps, generator):
     """Noise -> patches (B, N, P) in so many steps, t_i = (i / steps)^TIME_POWER; predict(x_t, t) is the clean image that the model sees.
 
-    An Euler step keeps the noise that x_t holds: x_s = s x_pred + (1 - s) noise with noise = (x_t - t x_pred) / (1 - t), which equals
-    x_t + (s - t) velocity. `how.renew` mixes fresh noise in, by variance (DDIM's eta, arXiv 2010.02502, eq. 16): an early mistake, such
-    as one object too many, can then be unmade.
+    Euler's step keeps the noise that x_t holds: x_t + (s - t) velocity = s x_pred + (1 - s) noise. `how.renew` mixes fresh noise in, by variance
+    (DDIM's eta, arXiv 2010.02502, eq. 16): an early mistake, such as one object too many, can then be unmade.
     """
     fresh = lambda: torch.randn(shape, generator=generator).to(model.device) * model.cfg.noise_scale * how.temperature
     times = (torch.arange(steps + 1, device=model.device) / steps) ** TIME_POWER
@@ -140,6 +132,7 @@ def masked_left(N, steps):
 
 
 def gumbel(like, generator):
+    """Noise whose largest entry, added to log-probabilities, is a draw from them; of the shape of `like`."""
     return -torch.empty(like.shape).exponential_(generator=generator).log().to(like)
 
 
@@ -155,16 +148,11 @@ def read_guided(model, prefix, how):
     return partial(model.predict_image_cached, model.read_prefix(prefix, room=model.cfg.image_len))
 
 
-def doubled(how, *inputs):
-    """Inputs (B, ...) -> (2 B, ...): for the condition, and again for none; as they are without guidance."""
-    return inputs if how.cfg_scale == 1 else [torch.cat([x, x]) for x in inputs]
-
-
 def guided(how, look, *inputs):
     """uncond + s * (cond - uncond), arXiv 2207.12598: look of inputs (B, ...) with the condition and without -> (B, ...)."""
     if how.cfg_scale == 1:
         return look(*inputs)
-    cond, uncond = look(*doubled(how, *inputs)).chunk(2)
+    cond, uncond = look(*(torch.cat([x, x]) for x in inputs)).chunk(2)
     return uncond + how.cfg_scale * (cond - uncond)
 
 
@@ -221,24 +209,21 @@ def caption(model, encoder, vocabulary, images):
 
 
 def edit_words(words, vocabulary, instructions):
-    """Visual words (B, K, V) go on with the instruction where they end, at their own <eos>: `w_1 .. w_i instruction <eos> <pad>`.
-
-    An instruction too long for the rest of the K places takes the last ones it needs. ValueError if it is too long for all.
-    """
+    """Visual words (B, K, V) go on with the instruction where they end, at their own <eos>: `w_1 .. w_i instruction <eos> <pad>`. If it is
+    too long for the rest of the K places, it takes the last ones it needs; ValueError if it is too long for all."""
     words, K = words.clone(), words.shape[1]
     for row, instruction in zip(words, instructions, strict=True):
         ids = [i for i in vocabulary.encode(instruction, K + 1, strict=True) if i not in (BOS, PAD)]
-        end = (row.argmax(-1) == EOS).int()
-        start = min(int(end.argmax()) if end.any() else K, K - len(ids))
+        start = min([*row.argmax(-1).tolist(), EOS].index(EOS), K - len(ids))
         row[start:] = F.one_hot(torch.tensor((ids + [PAD] * K)[: K - start]), row.shape[-1]).to(row)
     return words
 
 
 def readable(words, vocabulary, sure=0.9):
-    """One image's visual words (K, V) as a line: `a yellow star <eos>`; a word less than 90% sure with its percentage."""
-    line = [vocabulary.words[i] + ("" if p >= sure else f"({p:.0%})") for p, i in zip(*(x.tolist() for x in words.max(-1)))]
-    ends = [i for i, word in enumerate(line) if word.startswith("<eos>")]
-    return " ".join(line[: ends[0] + 1] if ends else line)
+    """One image's visual words (K, V) as a line, up to <eos>: `a yellow star <eos>`; a word less than 90% sure with its percentage."""
+    chances, ids = (x.tolist() for x in words.max(-1))
+    line = [vocabulary.words[i] + ("" if p >= sure else f"({p:.0%})") for p, i in zip(chances, ids)]
+    return " ".join(line[: [*ids, EOS].index(EOS) + 1])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -351,21 +336,19 @@ def run(args):
     loaded = load_checkpoint(args.ckpt, args.device)
     model, encoder, vocabulary = loaded.model, loaded.encoder, loaded.vocabulary
     options = dict(cfg_scale=args.cfg_scale, steps=args.steps, temperature=args.temperature, generator=torch.Generator().manual_seed(args.seed))
-    paths = args.reconstruct or args.caption or args.edit
-    if paths:
-        images = read_images(paths, model.cfg.image_size)
-        seen = [readable(words, vocabulary) for words in see_words(model, encoder, images)]
-        many = images.repeat_interleave(args.n or 4, 0)
-    if args.caption:
-        for path, words, sentence in zip(paths, seen, caption(model, encoder, vocabulary, images)):
-            print(f"{path}: {sentence}\n    visual words: {words}")
-        return
+    paths, n = args.reconstruct or args.caption or args.edit, args.n or 4
     if not paths:
         drawn = text_to_image(model, vocabulary, [args.prompt] * (args.n or 16), **options)
         grid = image_grid(drawn.split(8), [args.prompt])
     else:
+        images = read_images(paths, model.cfg.image_size)
+        seen, many = [readable(words, vocabulary) for words in see_words(model, encoder, images)], images.repeat_interleave(n, 0)
+        if args.caption:
+            for path, words, sentence in zip(paths, seen, caption(model, encoder, vocabulary, images)):
+                print(f"{path}: {sentence}\n    visual words: {words}")
+            return
         drawn = edit(model, encoder, vocabulary, many, [args.prompt] * len(many), **options) if args.edit else reconstruct(model, encoder, many, **options)
-        grid = image_grid([[a[None], b] for a, b in zip(images, drawn.split(args.n or 4))], seen, ["image", args.prompt or "from its visual words"])
+        grid = image_grid([[a[None], b] for a, b in zip(images, drawn.split(n))], seen, ["image", args.prompt or "from its visual words"])
     grid.save(args.out)
     print(f"{len(drawn)} images in {args.out}")
 
