@@ -4,6 +4,7 @@
 """
 import gzip
 import io
+import itertools
 import json
 import os
 import struct
@@ -141,6 +142,17 @@ def test_batches_are_the_same_for_any_number_of_workers_and_after_a_resume(tmp_p
     resumed = data.batches(dataset, 3, seed=3, start=5, workers=2)
     assert all(same(next(resumed), b) for b in runs[0][5:])
     assert not same(next(data.batches(dataset, 3, seed=4)), runs[0][0])
+
+
+def test_each_epoch_is_another_permutation_and_ranks_share_its_batches():
+    size, batch_size = 10, 6
+    first = lambda **how: list(itertools.islice(data.keys(size, batch_size, 1, **how), 5))  # 30 keys: three epochs
+    flat = [key for batch in first() for key in batch]
+    orders = [[index for e, index in flat if e == epoch] for epoch in range(3)]
+    assert all(sorted(order) == list(range(size)) for order in orders) and orders[0] != orders[1] != orders[2]
+    assert [a + b + c for a, b, c in zip(*(first(rank=rank, world=3) for rank in range(3)))] == first()
+    with pytest.raises(AssertionError, match="cannot be shared"):
+        first(world=4)
 
 
 def test_the_loader_leaves_the_global_generator_alone(tmp_path):
@@ -290,10 +302,12 @@ def test_links_are_followed_and_a_loop_ends(tmp_path):
     make_folder(tmp_path / "photos", count=2, val=1)
     os.makedirs(tmp_path / "elsewhere")
     (tmp_path / "elsewhere" / "a.png").write_bytes(b"")
+    os.makedirs(tmp_path / "photos" / "called.png")  # a bad image: it is listed, not entered
+    (tmp_path / "photos" / "called.png" / "b.png").write_bytes(b"")
     (tmp_path / "photos" / "linked").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "photos" / "train" / "loop").symlink_to(tmp_path / "photos")
     files = data.list_files(str(tmp_path / "photos"), str(tmp_path / "cache"))
-    assert len(files) == 7 and os.path.join("linked", "a.png") in files
+    assert len(files) == 8 and {os.path.join("linked", "a.png"), "called.png"} < set(files)
 
 
 # ---- captions
