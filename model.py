@@ -24,12 +24,15 @@ A fifth is one class here (see IMAGES), one loss in recon_loss.py and one sample
 """
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange
 from einops.layers.torch import Rearrange
+
+Linear, LayerNorm = partial(nn.Linear, bias=False), partial(nn.LayerNorm, bias=False)  # without biases they are as fast as any, everywhere
 
 
 @dataclass
@@ -66,9 +69,8 @@ class ModelConfig:
 class KVCache:
     """Keys and values of what was read so far: (depth, 2, B, H, length, D / H), room for `length` positions."""
     def __init__(self, cfg: ModelConfig, batch: int, length: int, device, dtype):
-        shape = (cfg.depth, 2, batch, cfg.heads, length, cfg.width // cfg.heads)
-        self.kv = torch.empty(shape, device=device, dtype=dtype)
-        self.length, self.prefix = 0, 0
+        self.kv = torch.empty(cfg.depth, 2, batch, cfg.heads, length, cfg.width // cfg.heads, device=device, dtype=dtype)
+        self.length = self.prefix = 0
 
     def extend(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """What is cached followed by k, v. They stay only if `length` is moved on: an image in the making is written over."""
@@ -82,9 +84,7 @@ class Attention(nn.Module):
     def __init__(self, width: int, heads: int, context_width: int | None = None):
         super().__init__()
         self.heads = heads
-        self.q_proj = nn.Linear(width, width, bias=False)
-        self.kv_proj = nn.Linear(context_width or width, 2 * width, bias=False)
-        self.out_proj = nn.Linear(width, width, bias=False)
+        self.q_proj, self.kv_proj, self.out_proj = Linear(width, width), Linear(context_width or width, 2 * width), Linear(width, width)
 
     def forward(self, x, context=None, mask=None, cache: KVCache | None = None, layer: int = 0):
         q = rearrange(self.q_proj(x), "b s (h d) -> b h s d", h=self.heads)
@@ -96,14 +96,13 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block: attention, optional cross-attention to `context`, MLP. No biases: LayerNorm without one is as fast as any norm, everywhere."""
+    """Pre-norm transformer block: attention, optional cross-attention to `context`, MLP."""
     def __init__(self, width: int, heads: int, context_width: int | None = None):
         super().__init__()
-        self.norm1, self.attn = nn.LayerNorm(width, bias=False), Attention(width, heads)
+        self.norm1, self.attn = LayerNorm(width), Attention(width, heads)
         if context_width:
-            self.norm_cross, self.cross = nn.LayerNorm(width, bias=False), Attention(width, heads, context_width)
-        self.norm2 = nn.LayerNorm(width, bias=False)
-        self.up_proj, self.down_proj = nn.Linear(width, 4 * width, bias=False), nn.Linear(4 * width, width, bias=False)
+            self.norm_cross, self.cross = LayerNorm(width), Attention(width, heads, context_width)
+        self.norm2, self.up_proj, self.down_proj = LayerNorm(width), Linear(width, 4 * width), Linear(4 * width, width)
 
     def forward(self, x, mask=None, context=None, cache=None, layer=0):
         x = x + self.attn(self.norm1(x), mask=mask, cache=cache, layer=layer)
@@ -117,10 +116,9 @@ class Connector(nn.Module):
     def __init__(self, cfg: ModelConfig):
         super().__init__()
         self.queries = nn.Parameter(torch.empty(cfg.text_len - 1, cfg.width))
-        self.norm_in = nn.LayerNorm(cfg.encoder_width, bias=False)
+        self.norm_in = LayerNorm(cfg.encoder_width)
         self.blocks = nn.ModuleList(Block(cfg.width, cfg.heads, cfg.encoder_width) for _ in range(cfg.connector_depth))
-        self.norm = nn.LayerNorm(cfg.width, bias=False)
-        self.word_head = nn.Linear(cfg.width, cfg.vocab_size, bias=False)
+        self.norm, self.word_head = LayerNorm(cfg.width), Linear(cfg.width, cfg.vocab_size)
 
     def forward(self, patch_tokens):                                             # (B, tokens, encoder width)
         context = self.norm_in(patch_tokens)
@@ -142,8 +140,7 @@ class TimeEmbedding(nn.Module):
         return self.mlp(torch.cat([angles.cos(), angles.sin()], -1))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The image positions, one class a paradigm: what they hold (`embed`), whom they see (`causal`), what their states become (`head`)
+# ---- The image positions, one class a paradigm: what they hold (`embed`), whom they see (`causal`), what their states become (`head`)
 
 
 class NoisedPatches(nn.Module):
@@ -154,7 +151,7 @@ class NoisedPatches(nn.Module):
         pixels = 3 * cfg.patch_size ** 2
         self.patch_embed = nn.Linear(pixels, cfg.width)
         self.t_embed = TimeEmbedding(cfg.width)
-        self.norm = nn.LayerNorm(cfg.width, bias=False)  # noise is loud: without it a position's own place, added after, is a hundredth of its input
+        self.norm = LayerNorm(cfg.width)  # noise is loud: without it a position's own place, added after, is a hundredth of its input
         self.flow_head = nn.Linear(cfg.width, pixels)
 
     def embed(self, model, x_t, t):                                              # (B, N, P), (B,) -> (B, N, D)
@@ -205,7 +202,7 @@ class ModulatedMLP(nn.Module):
     """A residual MLP whose input is shifted and scaled, and whose output is gated, by a condition (adaLN-zero, arXiv 2212.09748)."""
     def __init__(self, width: int):
         super().__init__()
-        self.norm, self.ada = nn.LayerNorm(width, bias=False), nn.Linear(width, 3 * width)
+        self.norm, self.ada = LayerNorm(width), nn.Linear(width, 3 * width)
         self.up_proj, self.down_proj = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
 
     def forward(self, x, c):                                                     # (..., W), (..., W) -> (..., W)
@@ -221,7 +218,7 @@ class FlowMLP(nn.Module):
         self.in_proj, self.cond_proj = nn.Linear(pixels, width), nn.Linear(cfg.width, width)
         self.t_embed = TimeEmbedding(width)
         self.blocks = nn.ModuleList(ModulatedMLP(width) for _ in range(cfg.flow_mlp_depth))
-        self.norm, self.flow_head = nn.LayerNorm(width, bias=False), nn.Linear(width, pixels)
+        self.norm, self.flow_head = LayerNorm(width), nn.Linear(width, pixels)
 
     def forward(self, x_t, t, h):                                                # (..., P), (...), (..., D) -> (..., P)
         x = self.in_proj(x_t)                                                    # (..., W)
@@ -231,8 +228,7 @@ class FlowMLP(nn.Module):
         return self.flow_head(self.norm(x))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The image tokenizer of `ar` and `mask`
+# ------------------------------------------------------------------------------- The image tokenizer of `ar` and `mask`
 
 
 class ResBlock(nn.Module):
@@ -269,29 +265,24 @@ class Tokenizer(nn.Module):
         x = x + (x.round() - x).detach()
         return 2 * x / (self.levels - 1) - 1
 
-    def to_codes(self, values):
-        """Rounded values (..., d) in [-1, 1] -> codes (...) in [0, C)."""
+    def to_codes(self, values):                                                  # rounded values (..., d) in [-1, 1] -> codes (...) in [0, C)
         return (((values + 1) / 2 * (self.levels - 1)).round().long() * self.basis).sum(-1)
 
-    def to_values(self, codes):
-        """Codes (...) in [0, C) -> values (..., d) in [-1, 1]."""
+    def to_values(self, codes):                                                  # codes (...) in [0, C) -> values (..., d) in [-1, 1]
         return 2 * (codes[..., None] // self.basis % self.levels) / (self.levels - 1) - 1
 
-    def forward(self, images):
-        """Images (B, 3, H, W) in [0, 1] -> the same through the bottleneck."""
+    def forward(self, images):                                                   # (B, 3, H, W) in [0, 1] -> the same through the bottleneck
         return self.decode_values(self.quantize(self.encoder(images * 2 - 1)))
 
-    def decode_values(self, values):
+    def decode_values(self, values):                                             # (B, N, d) -> images (B, 3, H, W)
         return self.decoder(rearrange(values, "b (h w) d -> b d h w", h=self.side)) / 2 + 0.5
 
     @torch.no_grad()
-    def encode(self, images):
-        """Images (B, 3, H, W) in [0, 1] -> codes (B, N)."""
+    def encode(self, images):                                                    # (B, 3, H, W) in [0, 1] -> codes (B, N)
         return self.to_codes(self.quantize(self.encoder(images * 2 - 1)))
 
     @torch.no_grad()
-    def decode(self, codes):
-        """Codes (B, N) -> images (B, 3, H, W) in [0, 1]."""
+    def decode(self, codes):                                                     # (B, N) -> images (B, 3, H, W) in [0, 1]
         return self.decode_values(self.to_values(codes)).clamp(0, 1)
 
 
@@ -310,8 +301,7 @@ class UnifiedModel(nn.Module):
         self.text_pos = nn.Parameter(torch.empty(2 * cfg.text_len, cfg.width))   # a prefix, and the words that answer it
         self.image_pos = nn.Parameter(torch.empty(cfg.image_len, cfg.width))
         self.blocks = nn.ModuleList(Block(cfg.width, cfg.heads) for _ in range(cfg.depth))
-        self.norm = nn.LayerNorm(cfg.width, bias=False)
-        self.lm_head = nn.Linear(cfg.width, tokens, bias=False)
+        self.norm, self.lm_head = LayerNorm(cfg.width), Linear(cfg.width, tokens)
         self.connector = Connector(cfg)
         self.init_weights()
 
@@ -338,8 +328,7 @@ class UnifiedModel(nn.Module):
 
     # -- prefixes ------------------------------------------------------------------------------------------------------
 
-    def text_prefix(self, ids):
-        """Words (B, T) -> prefix (B, T, D)."""
+    def text_prefix(self, ids):                                                  # words (B, T) -> prefix (B, T, D)
         return self.wte(ids)
 
     def for_encoder(self, images):
@@ -364,13 +353,12 @@ class UnifiedModel(nn.Module):
             x = block(x, mask=mask, cache=cache, layer=layer)
         return self.norm(x)
 
-    def write(self, h):
-        """Hidden states (B, S, D) -> logits of words (B, S, V): no code can be written."""
+    def write(self, h):                                                          # (B, S, D) -> logits of words (B, S, V): no code can be written
         return F.linear(h, self.lm_head.weight[: self.cfg.vocab_size])
 
     def text_logits(self, prefix, ids=None):
         """Logits of the words that follow `prefix` (B, T, D), given those so far, `ids` (B, S): (B, S + 1, V)."""
-        x = prefix if ids is None or not ids.shape[1] else torch.cat([prefix, self.wte(ids)], 1)
+        x = prefix if ids is None else torch.cat([prefix, self.wte(ids)], 1)
         x = x + self.text_pos[: x.shape[1]]
         h = self.trunk(x, causal_mask(x.shape[1], x.device))
         return self.write(h[:, prefix.shape[1] - 1:])
@@ -426,9 +414,8 @@ class CaptionTower(nn.Module):
         self.text_pos = nn.Parameter(torch.empty(text_len, width))
         self.blocks = nn.ModuleList([Block(width, heads) for _ in range(uni)] + [Block(width, heads, encoder_width) for _ in range(multi)])
         self.uni = uni
-        self.norm_text, self.norm = nn.LayerNorm(width, bias=False), nn.LayerNorm(width, bias=False)
-        self.text_proj = nn.Linear(width, encoder_width, bias=False)
-        self.lm_head = nn.Linear(width, vocab_size, bias=False)
+        self.norm_text, self.norm = LayerNorm(width), LayerNorm(width)
+        self.text_proj, self.lm_head = Linear(width, encoder_width), Linear(width, vocab_size)
         self.log_scale, self.bias = nn.Parameter(torch.empty(())), nn.Parameter(torch.empty(()))
         for p in self.parameters():
             nn.init.ones_(p) if p.ndim == 1 else nn.init.normal_(p, std=0.02)
@@ -447,8 +434,7 @@ class CaptionTower(nn.Module):
         return text, self.lm_head(self.norm(x))
 
 
-def causal_mask(length: int, device) -> torch.Tensor:
-    """(length, length), True where a row may see a column: itself and all before it."""
+def causal_mask(length: int, device) -> torch.Tensor:                            # (length, length), True where a row may see a column: itself and all before it
     return torch.ones(length, length, dtype=torch.bool, device=device).tril()
 
 
@@ -461,13 +447,11 @@ def prefix_mask(T: int, N: int, draws: int, causal: bool, device) -> torch.Tenso
     return mine & (seen if causal else seen | (row[:, None] >= T))
 
 
-def patchify(images, patch_size: int):
-    """Images (B, 3, H, W) in [0, 1] -> patches (B, N, P) in [-1, 1]."""
+def patchify(images, patch_size: int):                                           # (B, 3, H, W) in [0, 1] -> patches (B, N, P) in [-1, 1]
     return rearrange(images * 2 - 1, "b c (h p) (w q) -> b (h w) (p q c)", p=patch_size, q=patch_size)
 
 
-def unpatchify(patches, patch_size: int):
-    """Patches (B, N, P) in [-1, 1] -> images (B, 3, H, W) in [0, 1], clamped."""
+def unpatchify(patches, patch_size: int):                                        # (B, N, P) in [-1, 1] -> images (B, 3, H, W) in [0, 1], clamped
     side = int(patches.shape[1] ** 0.5)
     images = rearrange(patches, "b (h w) (p q c) -> b c (h p) (w q)", h=side, p=patch_size, q=patch_size)
     return (images / 2 + 0.5).clamp(0, 1)

@@ -78,8 +78,7 @@ def null_prefix(model):
     return model.text_prefix(torch.tensor([[BOS, EOS] + [PAD] * (model.cfg.text_len - 2)], device=model.device))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# image_loss, by paradigm: prefix (B, T, D), images (B, 3, H, W) in [0, 1] -> scalar
+# ----------------------------------- image_loss, by paradigm: prefix (B, T, D), images (B, 3, H, W) in [0, 1] -> scalar
 
 
 def flow_loss(model, prefix, images):
@@ -170,19 +169,13 @@ def mean_where(mask, values):
     return (values * mask).sum() / count
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# What the condition's side learns from: the connector, the tokenizer, and an encoder from scratch with its throw-away text tower
+# ---- What the condition's side learns from: the connector, the tokenizer, and an encoder from scratch with its throw-away text tower
 
 
 def words_loss(words, canonical):
     """-log p(word k of the canonical description | image), mean over the K places: parallel prediction (CapPa, arXiv 2306.07915, section 3).
     words (B, K, V), canonical (B, T). Not in RecA's paper, whose language models read loose features; here it makes visual words language."""
     return F.nll_loss(words.clamp(min=1e-9).log().flatten(0, 1), canonical[:, 1:].flatten())
-
-
-def entropy(words):
-    """H = -sum p log p, in nats, mean over words: low when each visual word is one word, not eight. (B, K, V) -> scalar."""
-    return -torch.xlogy(words, words.clamp(min=1e-9)).sum(-1).mean()
 
 
 def caption_loss(logits, caption):
@@ -201,12 +194,11 @@ def contrast_loss(image, text, log_scale, bias):
 
 
 
-def total_loss(model, encoder, batch, weights, progress=0.0, tower=None, captions="caption", train_connector=False):
+def total_loss(model, encoder, batch, weights, tower=None, captions="caption", train_connector=False):
     """The weighted sum of the terms with a positive weight, and each term by itself: (scalar, {term: scalar}).
 
     batch     {"main", "understand", "replay"}: dictionaries as the data sets make them; a term reads only its own
     weights   {term: weight}. RecA itself is {"recon": 1}: it reads batch["main"]["image"] alone
-    progress  0 -> 1 over the stage (a tensor, under compile): the weight of `entropy` rises with it
     captions  what t2i reads: "caption" (sparse) or "full" (dense)
     """
     on = {term for term, weight in weights.items() if weight > 0}
@@ -216,7 +208,7 @@ def total_loss(model, encoder, batch, weights, progress=0.0, tower=None, caption
         features = encoder(understand["image"])
         text, logits = tower(understand["full"], features.patch_tokens)          # (B, P), (B, T, V)
         words = model.visual_words(features.patch_tokens)                        # (B, K, V)
-    elif on & {"i2t", "words", "entropy"}:
+    elif on & {"i2t", "words"}:
         words = see(model, encoder, understand["image"], understand.get("features"))
     terms = {
         "t2i": lambda: t2i_loss(model, main[captions], main["image"]),
@@ -227,10 +219,9 @@ def total_loss(model, encoder, batch, weights, progress=0.0, tower=None, caption
         "caption": lambda: caption_loss(logits, understand["full"]),
         "contrast": lambda: contrast_loss(features.pooled, text, tower.log_scale, tower.bias),
         "words": lambda: words_loss(words, understand["canonical"]),
-        "entropy": lambda: entropy(words),
         "tokenizer": lambda: F.mse_loss(model.tokenizer(main["image"]), main["image"]),
     }
     assert on and weights.keys() <= terms.keys(), f"no positive weight, or an unknown term: {weights}; known: {', '.join(terms)}"
     parts = {term: value() for term, value in terms.items() if term in on}
-    loss = sum(weights[term] * (progress if term == "entropy" else 1) * part for term, part in parts.items())
+    loss = sum(weights[term] * part for term, part in parts.items())
     return loss, parts  # detached by the caller: of a loss that is its only term, torch.compile would detach both

@@ -45,8 +45,7 @@ class Sampling:
     temperature: float = 1.0  # of the codes (ar, mask: 0 is greedy) or of the noise (flow, mar)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# One sampler for each paradigm: prefixes (B, T, D) -> images (B, 3, H, W)
+# --------------------------------------------- One sampler for each paradigm: prefixes (B, T, D) -> images (B, 3, H, W)
 
 
 def sample_flow(model, prefix, how, generator):
@@ -156,8 +155,7 @@ def guided(how, look, *inputs):
     return uncond + how.cfg_scale * (cond - uncond)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# What a checkpoint can do; **options are those of sample_image
+# -------------------------------------------------------- What a checkpoint can do; **options are those of sample_image
 
 
 @torch.no_grad()
@@ -226,8 +224,7 @@ def readable(words, vocabulary, sure=0.9):
     return " ".join(line[: [*ids, EOS].index(EOS) + 1])
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Checkpoints
+# ---------------------------------------------------------------------------------------------------------- Checkpoints
 
 
 def read_checkpoint(path) -> dict:
@@ -262,8 +259,7 @@ def load_checkpoint(path, device="cpu"):
         raise ValueError(f"the checkpoint {path} does not fit this code ({' '.join(str(error).split()):.120}): train it again") from None
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Pictures, and the command line
+# --------------------------------------------------------------------------------------- Pictures, and the command line
 
 
 def image_grid(rows, row_captions=(), column_captions=(), scale=None):
