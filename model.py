@@ -365,9 +365,7 @@ class UnifiedModel(nn.Module):
 
     def predict_image(self, prefix, *inputs):
         """What the image positions say after a prefix (B, T, D), given what they hold: see `embed` and `head` in the paradigm's class.
-
-        B * draws inputs: draws of one image share its prefix, which costs more than they do, and do not see each other.
-        """
+        B * draws inputs: draws of one image share its prefix, which costs more than they do, and do not see each other."""
         T, N = prefix.shape[1], self.cfg.image_len
         image = self.image.embed(self, *inputs) + self.image_pos                 # (B * draws, N, D)
         draws = len(image) // len(prefix)

@@ -108,10 +108,8 @@ def mask_loss(model, prefix, images):
 
 
 def mar_loss(model, prefix, images):
-    """mar: E |v_pred - v|^2 of each masked patch by itself, given the transformer's state there (arXiv 2406.11838, eq. 1, as a flow).
-
-    The masked share is normal(1, 0.25) cut to [0.7, 1], as there. Each state serves MLP_REPEATS times: times and noise are cheap.
-    """
+    """mar: E |v_pred - v|^2 of each masked patch by itself, given the transformer's state there (arXiv 2406.11838, eq. 1, as a flow). The masked share
+    is normal(1, 0.25) cut to [0.7, 1], as there. Each state serves MLP_REPEATS times: times and noise are cheap."""
     x = patchify(images, model.cfg.patch_size)                                   # (B, N, P)
     ratio = cut_normal(mine(torch.rand(len(x) * WORLD, 1, device=x.device)), *MASK_RATIO)  # (B, 1)
     masked = random_mask(x.shape[1], ratio)                                      # (B, N)

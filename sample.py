@@ -263,11 +263,9 @@ def load_checkpoint(path, device="cpu"):
 
 
 def image_grid(rows, row_captions=(), column_captions=(), scale=None):
-    """Rows of images with their captions -> one PIL image, small images magnified without blur.
-
-    A row is a tensor (C, 3, H, W) in [0, 1], or a list of them, groups set apart: [base, sft, reca]; none is longer than the first. A row's caption
-    stands above it, a column's above its group. scale: whole magnification; by default images become about 96 pixels wide.
-    """
+    """Rows of images with their captions -> one PIL image. A row is a tensor (C, 3, H, W) in [0, 1], or a list of them, groups set apart:
+    [base, sft, reca]; none is longer than the first. A row's caption stands above it, a column's above its group. Images are magnified without
+    blur by the whole number `scale`, by default to about 96 pixels."""
     rows = [row if isinstance(row, list) else [row] for row in rows]
     scale = scale or max(1, round(96 / rows[0][0].shape[-1]))
     gap, margin, line, font = 4, 16, 22 if row_captions else 0, ImageFont.load_default(size=15)
@@ -308,21 +306,21 @@ def parse_args(argv):
     parser.add_argument("--prompt", help="what to draw, or what to add to --edit's images")
     for name, text in {"reconstruct": "to see and draw again", "edit": "to change as --prompt says", "caption": "to describe"}.items():
         parser.add_argument(f"--{name}", nargs="+", metavar="IMG", help=f"images {text}")
-    parser.add_argument("--n", type=int, help="images for the prompt (16), or for each image (4)")
     parser.add_argument("--out", default="grid.png", help="where the picture goes")
     parser.add_argument("--seed", type=int, default=0)
     devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
     parser.add_argument("--device", choices=devices, default=devices[0])
-    for name, kind in {"cfg_scale": float, "steps": int, "temperature": float}.items():
-        parser.add_argument(f"--{name}", type=kind, help="see class Sampling; by default the paradigm's own")
+    how = "see class Sampling; by default the paradigm's own"
+    numbers = {"n": (int, 1, "images for the prompt (16), or for each image (4)"), "steps": (int, 1, how), "cfg_scale": (float, 0, how), "temperature": (float, 0, how)}
+    for name, (kind, _, text) in numbers.items():
+        parser.add_argument(f"--{name}", type=kind, help=text)
     args = parser.parse_args(argv)
     if bool(args.reconstruct) + bool(args.caption) + bool(args.prompt) != 1 or args.edit and not args.prompt:
         parser.error("give one of --prompt TEXT, --reconstruct IMG, --caption IMG, or --edit IMG with --prompt TEXT")
-    for name, least in {"n": 1, "steps": 1, "cfg_scale": 0, "temperature": 0}.items():
+    for name, (_, least, _) in numbers.items():
         if getattr(args, name) is not None and not getattr(args, name) >= least:
             parser.error(f"--{name} is {getattr(args, name)}, it must be at least {least}")
-    folder, suffix = os.path.dirname(args.out) or ".", os.path.splitext(args.out)[1].lower()
-    if not os.access(folder, os.W_OK) or suffix not in (".png", ".jpg", ".webp"):
+    if not os.access(os.path.dirname(args.out) or ".", os.W_OK) or not args.out.lower().endswith((".png", ".jpg", ".webp")):
         parser.error(f"--out {args.out} cannot be written: it must be a .png, .jpg or .webp in a folder that exists and is yours")
     return args
 

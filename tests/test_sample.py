@@ -182,9 +182,6 @@ def test_guidance_of_one_is_no_guidance(paradigm):
     plain, almost, strong = (S.sample_image(model, prefix, seeded(), cfg_scale=s, steps=4, temperature=0.5) for s in (1, 1 + 1e-7, 3))
     torch.testing.assert_close(plain, almost, atol=1e-3, rtol=0)
     assert (plain - strong).abs().max() > 1e-3
-    cond, uncond = torch.randn(2, B, 5)
-    out = S.guided(how(paradigm, cfg_scale=2.5), lambda x: torch.cat([cond, uncond]), torch.zeros(B, 1))
-    torch.testing.assert_close(out, -1.5 * uncond + 2.5 * cond)
 
 
 @pytest.mark.parametrize("paradigm", IMAGES)
@@ -219,11 +216,10 @@ def test_edit_goes_on_where_the_visual_words_end():
 
 
 def checkpoint(path, paradigm="flow", **changes):
-    model, encoder = small(paradigm), ViT(scratch_config(12, 4, width=16, depth=1, heads=2))
-    model = small(paradigm, encoder_width=16)
-    torch.save({"format": 1, "stage": "reca", "step": 7, "model_config": asdict(model.cfg), "model": model.state_dict(), "ema": None,
-                "vocabulary": WORDS.words, "config": {}, **changes,
-                "encoder": {"name": "scratch", "config": asdict(encoder.cfg), "state": encoder.state_dict()}}, path)
+    model, encoder = small(paradigm, encoder_width=16), ViT(scratch_config(12, 4, width=16, depth=1, heads=2))
+    saved = {"format": 1, "stage": "reca", "step": 7, "model_config": asdict(model.cfg), "model": model.state_dict(), "ema": None, "vocabulary": WORDS.words,
+             "config": {}, "encoder": {"name": "scratch", "config": asdict(encoder.cfg), "state": encoder.state_dict()}} | changes
+    torch.save({key: value for key, value in saved.items() if value != "left out"}, path)
     return model, encoder
 
 
@@ -266,6 +262,7 @@ def test_bad_input_gets_one_sentence_and_exit_code_2(tmp_path, capsys):
     checkpoint(tmp_path / "format.pt", format=99)
     checkpoint(tmp_path / "config.pt", model_config=asdict(small(width=30).cfg))
     checkpoint(tmp_path / "unknown.pt", model_config={"widht": 3})
+    checkpoint(tmp_path / "wordless.pt", vocabulary="left out")
     (tmp_path / "broken.png").write_bytes(b"\x89PNG broken")
     torch.save([1, 2], tmp_path / "list.pt")
     draw = ["--prompt", "a red star", "--out", out]
@@ -278,6 +275,7 @@ def test_bad_input_gets_one_sentence_and_exit_code_2(tmp_path, capsys):
         (["--ckpt", tmp_path / "format.pt", *draw], "format 99"),
         (["--ckpt", tmp_path / "config.pt", *draw], "does not fit"),
         (["--ckpt", tmp_path / "unknown.pt", *draw], "does not fit"),
+        (["--ckpt", tmp_path / "wordless.pt", *draw], "vocabulary"),
         (["--ckpt", good, "--prompt", "a rde star", "--out", out], "'rde'"),
         (["--ckpt", good, "--prompt", "a a a a a a a a", "--out", out], "at most"),
         (["--ckpt", good, "--prompt", "a", "--out", tmp_path / "none" / "grid.png"], "cannot be written"),
