@@ -106,10 +106,11 @@ NUMBERS = ["one", "two", "three", "four"]
 WORDS = ["a", "an", "and", "left", "right", "above", "below", "directly", "of", "top", "middle", "bottom", "center"] + NUMBERS + COLORS + SHAPES + PLURALS
 PLACES = [f"{row} {column}" for row in ("top", "middle", "bottom") for column in ("left", "center", "right")]  # by cell
 
-KINDS = {"single": 0.32, "group": 0.23, "pair": 0.35, "several": 0.10}  # share of scenes of each kind
+FACING = [(3, 5), (1, 7)]  # cells of a pair: across the middle row, or the middle column
+
+KINDS = {"single": 0.3, "group": 0.2, "pair": 0.25, "spread": 0.15, "several": 0.1}  # share of scenes of each kind
 USUAL = 0.7           # share of objects with their shape's usual colour, in biased scenes
-SPARSE = (0.05, 0.3, 0.0)  # a sparse caption names a color in 1 mention of 20, the relation in 3 of 10, a place never
-FULL = [(1, 1, 0), (1, 0, 1), (1, 1, 1)]  # a full description: by relations, by places, or by both; half of them canonical
+SPARSE = (0.05, 0.3, 0.05)  # a sparse caption names a color in 1 mention of 20, a pair's relation in 3 of 10, places in 1 of 20
 TEXT_LEN = 18         # <bos> and 17 words: "a red circle left of a blue star and a white cross above a cyan square"
 
 
@@ -138,18 +139,14 @@ def relation(a: int, b: int) -> str | None:
 
 
 def random_scene(rng: random.Random, biased: bool, kind: str | None = None) -> Scene:
-    """A scene; objects of one scene differ in shape, except in a group, which is alike."""
+    """A scene; its objects differ in shape, except in a group, which is alike. A pair stands face to face, all else anywhere."""
     kind = kind or rng.choices(list(KINDS), KINDS.values())[0]
-    count = {"single": 1, "group": rng.randint(2, 4), "pair": 2, "several": rng.randint(3, 4)}[kind]
+    count = {"single": 1, "group": rng.randint(2, 4), "pair": 2, "spread": 2, "several": 3}[kind]
     shapes = rng.sample(range(len(SHAPES)), 1 if kind == "group" else count)
     colors = [USUAL_COLOR[s] if biased and rng.random() < USUAL else rng.randrange(len(COLORS)) for s in shapes]
     if kind == "group":
         shapes, colors = shapes * count, colors * count
-    while True:  # until the pairs are aligned: a relation is never ambiguous
-        cells = rng.sample(range(GRID * GRID), count)
-        pairs = [] if kind in ("single", "group") else list(zip(cells[::2], cells[1::2]))
-        if all(a // GRID == b // GRID or a % GRID == b % GRID for a, b in pairs):
-            break
+    cells = rng.sample(rng.choice(FACING) if kind == "pair" else range(GRID * GRID), count)
     return Scene(kind, tuple(map(Thing, shapes, colors, cells)), rng.randrange(len(BACKGROUNDS)))
 
 
@@ -158,16 +155,12 @@ def random_scene(rng: random.Random, biased: bool, kind: str | None = None) -> S
 
 
 def describe(scene: Scene, rng: random.Random | None = None, color: float = 1, relations: float = 1, places: float = 1) -> str:
-    """A caption in a random wording; the numbers are the chances that a color, all relations and all places are named.
+    """A caption in a random wording; the numbers are the chances that a color, a pair's relation and other objects' places are named.
 
-    With no rng: the canonical description, in a fixed order and with all that fits. Places need room: beside relations they
-    are said of two things, else of three at most; of four, relations stand in for them.
+    With no rng: the canonical description, in a fixed order and with all of these.
     """
     chance = lambda p: p > 0 and (rng is None or rng.random() < p)
-    ordered = lambda items, key: sorted(items, key=key) if rng is None else rng.sample(items, len(items))
-    several = len(scene.things) > 2
-    placed = scene.kind != "group" and len(scene.things) < 4 and chance(places)
-    related = not (placed and several) and chance(relations if placed else max(relations, places))
+    placed = scene.kind in ("single", "spread", "several") and chance(places)
 
     def phrase(thing: Thing, count: int = 1) -> str:
         name = (COLORS[thing.color] + " " if chance(color) else "") + (PLURALS if count > 1 else SHAPES)[thing.shape]
@@ -178,16 +171,12 @@ def describe(scene: Scene, rng: random.Random | None = None, color: float = 1, r
 
     if scene.kind == "group":
         return phrase(scene.things[0], len(scene.things))
-    parts = []
-    rank = lambda thing: (thing.color, thing.shape)
-    for pair in ordered([scene.things[:2], scene.things[2:]], key=lambda pair: min(map(rank, pair), default=(9, 9))):
-        pair = ordered(pair, key=rank)  # either may be the subject
-        link = "and"
-        if related and len(pair) == 2:
-            link = relation(pair[0].cell, pair[1].cell)
-            link = f"{link} of" if link in ("left", "right") else f"directly {link}" if chance(0.5) or rng is None else link
-        parts += [f" {link} ".join(map(phrase, pair))] if pair else []
-    return " and ".join(parts)
+    things = sorted(scene.things, key=lambda thing: (thing.color, thing.shape)) if rng is None else rng.sample(scene.things, len(scene.things))
+    link = "and"
+    if scene.kind == "pair" and chance(relations):  # either may be the subject
+        link = relation(things[0].cell, things[1].cell)
+        link = f"{link} of" if link in ("left", "right") else f"directly {link}" if rng and rng.random() < 0.5 else link
+    return f" {link} ".join(map(phrase, things))
 
 
 @dataclass(frozen=True)
@@ -311,8 +300,8 @@ class Shapes(Dataset):
         scenes = [self.scene(index) for _, index in keys]
         rngs = [random.Random(f"{self.seed} {self.split} {key}") for key in keys]
         texts = {"caption": [describe(s, r, *SPARSE) for s, r in zip(scenes, rngs)], "canonical": [describe(s) for s in scenes],
-                 "full": [describe(s, r, *r.choice(FULL)) if r.random() < 0.5 else describe(s) for s, r in zip(scenes, rngs)],
-                 "wording": [describe(s, None, *FULL[0]) for s in scenes]}
+                 "full": [describe(s, r) if r.random() < 0.5 else describe(s) for s, r in zip(scenes, rngs)]}
+        texts["wording"] = texts["canonical"]
         texts = {name: torch.tensor([self.vocabulary.encode(text, self.text_len) for text in lines]) for name, lines in texts.items()}
         grid = torch.tensor([to_grid(s) for s in scenes])
         background = torch.tensor([s.background for s in scenes])

@@ -38,7 +38,7 @@ CATEGORIES = ["single", "two", "counting", "color", "position", "attribute"]
 PROMPTS = {
     "single": ("single", (0, 0, 0), False), "two": ("pair", (0, 0, 0), False), "counting": ("group", (0, 0, 0), False),
     "color": ("single", (1, 0, 0), True), "position": ("pair", (0, 1, 0), False), "attribute": ("pair", (1, 0, 0), True),
-    "dense": ("several", (1, 1, 0), False),
+    "dense": ("several", (1, 0, 1), False),
 }
 
 
@@ -79,8 +79,8 @@ def edits(n: int, seed: int = 0):
         old = scene.things[0]
         shape = rng.choice([s for s in range(len(SHAPES)) if s != old.shape])
         new = Thing(shape, rng.randrange(len(COLORS)), rng.choice([c for c in range(GRID * GRID) if c != old.cell]))
-        added = describe(Scene("single", (new,), 0), rng, 1, 0, 1)
-        out.append((scene, f"and {added}", to_grid(Scene("pair", (old, new), 0))))
+        added = describe(Scene("single", (new,), 0), rng)
+        out.append((scene, f"and {added}", to_grid(Scene("spread", (old, new), 0))))
     return out
 
 
