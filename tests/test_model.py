@@ -180,6 +180,7 @@ def test_patches_are_slices_and_go_round():
 
 @pytest.mark.parametrize("paradigm", IMAGES)
 def test_initial_values(paradigm):
+    assert ModelConfig(paradigm=paradigm).image_len == {"flow": 9, "mar": 9, "ar": 36, "mask": 36}[paradigm], "48 px: 3 x 3 patches or 6 x 6 codes"
     model = small(paradigm)
     for p in model.parameters():
         nn.init.constant_(p, float("nan"))
