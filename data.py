@@ -13,8 +13,9 @@ Every data set here answers one question, `__getitems__([(epoch, index), ...])`,
     image     (B, 3, H, W) float in [0, 1]
     caption   (B, T) long   <bos> words <eos> <pad> ...   what the generator reads (sparse)
     full      (B, T) long   a full description            what the understanding side reads
-    wording   (B, T) long   the same in another wording   what the model is taught to say; shapes: by relations, in a fixed order
-    canonical (B, T) long   the same in a fixed wording and order, with all that fits: what the visual words learn to say
+    wording   (B, T) long   the same in another wording   what the model is taught to say of an image; shapes: the canonical one
+    canonical (B, T) long   the same in a fixed wording and order: what the visual words learn to say
+    question, answer (B, T)  words to words: a full description and its wording; shapes: or a description, an instruction, and what it makes
     features  (B, tokens, D_enc) float16   what the encoder says of `image`, where that was computed before (`cache_features`)
 
 # B batch, T words, H W pixels. One cell of a scene is 0 when empty, else 1 + shape * len(COLORS) + color.
@@ -103,15 +104,17 @@ RGB = [(225, 40, 40), (250, 140, 20), (245, 220, 50), (50, 170, 60), (60, 205, 2
 USUAL_COLOR = [0, 5, 3, 2, 6, 1]  # by shape: red circles, blue squares, green triangles, yellow stars, ...
 BACKGROUNDS = [(46, 46, 46), (107, 107, 107)]
 NUMBERS = ["one", "two", "three", "four"]
-WORDS = ["a", "an", "and", "left", "right", "above", "below", "directly", "of", "top", "middle", "bottom", "center"] + NUMBERS + COLORS + SHAPES + PLURALS
+WORDS = ["a", "an", "the", "and", "make", "add", "remove", "move", "left", "right", "above", "below", "directly", "of", "top", "middle", "bottom", "center"] + NUMBERS + COLORS + SHAPES + PLURALS
 PLACES = [f"{row} {column}" for row in ("top", "middle", "bottom") for column in ("left", "center", "right")]  # by cell
 
-FACING = [(3, 5), (1, 7)]  # cells of a pair: across the middle row, or the middle column
+FACING = [(3, 5), (1, 7)]  # cells of a pair: across the middle row, or the middle column; two others are spread
 
 KINDS = {"single": 0.3, "group": 0.2, "pair": 0.25, "spread": 0.15, "several": 0.1}  # share of scenes of each kind
 USUAL = 0.7           # share of objects with their shape's usual colour, in biased scenes
 SPARSE = (0.05, 0.3, 0.05)  # a sparse caption names a color in 1 mention of 20, a pair's relation in 3 of 10, places in 1 of 20
-TEXT_LEN = 18         # <bos> and 17 words: "a red circle left of a blue star and a white cross above a cyan square"
+EDITED = 0.4          # share of instructions among what the language side learns: a description and "make the star red" -> another description
+EDITS = ["recolor", "replace", "move", "add", "remove"]
+TEXT_LEN = 18         # <bos> and 17 words: three objects with colors and places, or two and an instruction
 
 
 @dataclass(frozen=True)
@@ -124,7 +127,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """Things in the order in which a caption names them: pairs (0, 1) and (2, 3) stand in one row or one column."""
+    """kind: one of KINDS; what is to be said of the arrangement depends on it."""
     kind: str
     things: tuple[Thing, ...]
     background: int
@@ -146,8 +149,34 @@ def random_scene(rng: random.Random, biased: bool, kind: str | None = None) -> S
     colors = [USUAL_COLOR[s] if biased and rng.random() < USUAL else rng.randrange(len(COLORS)) for s in shapes]
     if kind == "group":
         shapes, colors = shapes * count, colors * count
-    cells = rng.sample(rng.choice(FACING) if kind == "pair" else range(GRID * GRID), count)
+    cells = rng.sample(rng.choice(FACING), 2) if kind == "pair" else spread(rng, range(GRID * GRID), count)
     return Scene(kind, tuple(map(Thing, shapes, colors, cells)), rng.randrange(len(BACKGROUNDS)))
+
+
+def spread(rng: random.Random, cells, count: int) -> list[int]:
+    """So many of the cells at random, but not the two of a pair: how a scene is described can be seen."""
+    while tuple(sorted(chosen := rng.sample(cells, count))) in FACING:
+        pass
+    return chosen
+
+
+def random_edit(rng: random.Random, kind: str) -> tuple[Scene, str, Scene]:
+    """A scene of one or two objects, an instruction of a kind of EDITS, and the scene that it makes; nothing else changes."""
+    while True:
+        scene = random_scene(rng, False, "spread" if kind == "remove" else rng.choice(["single", "spread"]))
+        *rest, old = scene.things
+        shape = rng.choice([s for s in range(len(SHAPES)) if s not in (thing.shape for thing in scene.things)])
+        color = rng.choice([c for c in range(len(COLORS)) if c != old.color])
+        cell = rng.choice([c for c in range(GRID * GRID) if c not in (thing.cell for thing in scene.things)])
+        new = {"recolor": Thing(old.shape, color, old.cell), "replace": Thing(shape, old.color, old.cell),
+               "move": Thing(old.shape, old.color, cell), "add": Thing(shape, color, cell), "remove": None}[kind]
+        things = [*rest, *([old] if kind == "add" else []), *([new] if new else [])]
+        if tuple(sorted(thing.cell for thing in things)) not in FACING:
+            break
+    name = f"the {SHAPES[old.shape]}"
+    said = {"recolor": f"make {name} {COLORS[color]}", "replace": f"make {name} a {SHAPES[shape]}", "move": f"move {name} {PLACES[cell]}",
+            "add": "add " + describe(Scene("single", (new,), 0)) if new else "", "remove": f"remove {name}"}[kind]
+    return scene, said, Scene({1: "single", 2: "spread", 3: "several"}[len(things)], tuple(things), scene.background)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -302,6 +331,13 @@ class Shapes(Dataset):
         texts = {"caption": [describe(s, r, *SPARSE) for s, r in zip(scenes, rngs)], "canonical": [describe(s) for s in scenes],
                  "full": [describe(s, r) if r.random() < 0.5 else describe(s) for s, r in zip(scenes, rngs)]}
         texts["wording"] = texts["canonical"]
+        for i, r in enumerate(rngs):
+            question, answer = texts["full"][i], texts["canonical"][i]
+            if r.random() < EDITED:
+                before, instruction, after = random_edit(r, r.choice(EDITS))
+                question, answer = f"{describe(before)} {instruction}", describe(after)
+            texts.setdefault("question", []).append(question)
+            texts.setdefault("answer", []).append(answer)
         texts = {name: torch.tensor([self.vocabulary.encode(text, self.text_len) for text in lines]) for name, lines in texts.items()}
         grid = torch.tensor([to_grid(s) for s in scenes])
         background = torch.tensor([s.background for s in scenes])
@@ -478,8 +514,9 @@ class Photos(Dataset):
             lines = self.texts[self.kinds[index]].split("\n")
             for name, text in zip(said, lines[:1] * 2 + (rng.sample(lines, 2) if len(lines) > 1 else lines * 2)):
                 said[name].append(self.vocabulary.encode(text, self.text_len))
+        said = {name: torch.tensor(ids) for name, ids in said.items()}
         bad = [(os.path.join(self.root, self.files[i]), self.bad[i]) for i in dict.fromkeys(skipped)]
-        return {"image": to_tensor(images), **{name: torch.tensor(ids) for name, ids in said.items()}, "bad": bad}
+        return {"image": to_tensor(images), **said, "question": said["full"], "answer": said["wording"], "bad": bad}
 
 
 class Cifar(Photos):

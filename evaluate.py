@@ -28,7 +28,7 @@ from pathlib import Path
 import torch
 from einops import rearrange
 
-from data import COLORS, GRID, NUMBERS, SHAPES, USUAL_COLOR, Scene, Shapes, Thing, describe, holds, is_full, parse, random_scene, render, sprites, to_grid
+from data import COLORS, EDITS, GRID, USUAL_COLOR, Scene, Shapes, describe, holds, is_full, parse, random_edit, random_scene, render, sprites, to_grid
 from sample import caption, edit, image_grid, load_checkpoint, reconstruct, sample_image, text_to_image
 
 ERROR_LIMIT = 0.02  # mean squared error above which a cell holds nothing that we know; another shape or color is at 0.02 to 0.3
@@ -71,17 +71,9 @@ def interval(p: float, n: int) -> list[float]:
     return [round((middle - half) / (1 + z * z / n), 4), round((middle + half) / (1 + z * z / n), 4)]
 
 
-def edits(n: int, seed: int = 0):
-    """n edits: scenes before, instructions, and the claims that the result must meet (places of what stays included)."""
-    rng, out = random.Random(f"edit {seed}"), []
-    while len(out) < n:
-        scene = random_scene(rng, biased=False, kind="single")
-        old = scene.things[0]
-        shape = rng.choice([s for s in range(len(SHAPES)) if s != old.shape])
-        new = Thing(shape, rng.randrange(len(COLORS)), rng.choice([c for c in range(GRID * GRID) if c != old.cell]))
-        added = describe(Scene("single", (new,), 0), rng)
-        out.append((scene, f"and {added}", to_grid(Scene("spread", (old, new), 0))))
-    return out
+def edits(n: int, seed: int = 0) -> list[tuple[Scene, str, Scene]]:
+    """n edits, of all kinds in turn: a scene, the instruction, and the scene that has to come."""
+    return [random_edit(random.Random(f"edit {seed} {i}"), EDITS[i % len(EDITS)]) for i in range(n)]
 
 
 def score(hits: list[bool]) -> tuple[float, int]:
@@ -116,7 +108,7 @@ def evaluate(loaded, n: int = 240, seed: int = 0) -> dict:
         scenes, instructions, wanted = zip(*edits(n, seed))
         before = render(torch.tensor([to_grid(s) for s in scenes]), torch.tensor([s.background for s in scenes]), test.atlas)
         after = read_cells(edit(model, encoder, vocabulary, before, instructions, generator=noise()), test.atlas).tolist()
-        found["edit"] = score([row == there for row, there in zip(after, wanted)])
+        found["edit"] = score([row == to_grid(scene) for row, scene in zip(after, wanted)])
     values = {category: share for category, (share, _) in found.items()}
     return {"overall": sum(values[c] for c in CATEGORIES) / len(CATEGORIES)} | values | {
         "cases": {category: cases for category, (_, cases) in found.items()},

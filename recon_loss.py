@@ -213,7 +213,7 @@ def total_loss(model, encoder, batch, weights, tower=None, captions="caption", t
         "recon": lambda: recon_loss(model, encoder, main["image"], train_connector, main.get("features")),
         "replay": lambda: t2i_loss(model, replay["caption"], replay["image"]),
         "i2t": lambda: text_loss(model, model.visual_prefix(words), understand["wording"]),
-        "t2t": lambda: text_loss(model, model.text_prefix(understand["full"]), understand["wording"]),
+        "t2t": lambda: text_loss(model, model.text_prefix(understand["question"]), understand["answer"]),
         "caption": lambda: caption_loss(logits, understand["full"]),
         "contrast": lambda: contrast_loss(features.pooled, text, tower.log_scale, tower.bias),
         "words": lambda: words_loss(words, understand["canonical"]),

@@ -194,10 +194,17 @@ def reconstruct(model, encoder, images, **options):
     return sample_image(model, model.visual_prefix(see_words(model, encoder, images)), **options)
 
 
-def edit(model, encoder, vocabulary, images, instructions, **options):
-    """The images, changed as the instructions say, which nothing was trained for; see `edit_words` for the prefix."""
-    words = edit_words(see_words(model, encoder, images), vocabulary, instructions)
-    return sample_image(model, model.visual_prefix(words), **options)
+def edit(model, encoder, vocabulary, images, instructions, think=True, **options):
+    """The images, changed as the instructions say; no edited image was trained on. See `edit_words` for the prefix.
+
+    think: first say in words what the edited image shows, then draw that (as BAGEL thinks first, arXiv 2505.14683); else draw at once.
+    """
+    prefix = model.visual_prefix(edit_words(see_words(model, encoder, images), vocabulary, instructions))
+    if think:
+        ids = F.pad(sample_words(model, prefix), (1, 0), value=BOS)
+        ids = ids.masked_fill((ids == EOS).cumsum(1) > (ids == EOS), PAD)        # what follows the first <eos> was not worth reading
+        prefix = model.text_prefix(F.pad(ids, (0, model.cfg.text_len - ids.shape[1]), value=PAD))
+    return sample_image(model, prefix, **options)
 
 
 def caption(model, encoder, vocabulary, images):

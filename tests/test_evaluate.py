@@ -77,6 +77,24 @@ def test_relations_are_as_the_picture_shows_them():
     assert [D.relation(a, b) for a, b in ((0, 3), (3, 0), (0, 1), (1, 0), (0, 4), (0, 5))] == ["above", "below", "left", "right", None, "left"]
 
 
+def test_an_edit_changes_what_it_says_and_nothing_else():
+    changes = {"recolor": (1, 1), "replace": (1, 1), "move": (1, 1), "add": (0, 1), "remove": (1, 0)}  # objects gone, objects new
+    for kind in D.EDITS:
+        for i in range(300):
+            before, instruction, after = D.random_edit(random.Random(i), kind)
+            gone, new = set(before.things) - set(after.things), set(after.things) - set(before.things)
+            assert (len(gone), len(new)) == changes[kind] and before.background == after.background
+            words = f"{D.describe(before)} {instruction}"
+            assert len(words.split()) < D.TEXT_LEN and all(D.SHAPES[t.shape] in instruction for t in gone), words
+            if kind in ("recolor", "replace", "move"):
+                (old,), (thing,) = gone, new
+                same = [old.shape == thing.shape, old.color == thing.color, old.cell == thing.cell]
+                assert same == {"recolor": [True, False, True], "replace": [False, True, True], "move": [True, True, False]}[kind]
+                assert instruction.split()[-1 if kind != "move" else slice(-2, None)] == {"recolor": D.COLORS[thing.color], "replace": D.SHAPES[thing.shape],
+                                                                                         "move": D.PLACES[thing.cell].split()}[kind]
+            assert D.holds(D.parse(D.describe(after)), D.to_grid(after))
+
+
 def test_sparse_captions_leave_out_what_they_should():
     rng = random.Random(0)
     claims = [D.parse(D.describe(D.random_scene(rng, False, "pair"), rng, *D.SPARSE)) for _ in range(4000)]

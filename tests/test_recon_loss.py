@@ -234,12 +234,12 @@ def test_contrast_loss_is_the_papers_double_sum():
 
 def test_total_loss_weighs_its_terms_and_computes_no_other():
     model, encoder = small(), Encoder()
-    understand = {"image": images(), "full": captions(), "wording": captions(), "canonical": captions()}
+    understand = {"image": images(), "full": captions(), "wording": captions(), "canonical": captions(), "question": captions(), "answer": captions()}
     torch.manual_seed(0)
     loss, parts = R.total_loss(model, encoder, {"understand": understand}, {"i2t": 0.5, "t2t": 2.0, "words": 3.0, "recon": 0.0})
     assert list(parts) == ["i2t", "t2t", "words"]
     torch.testing.assert_close(loss, 0.5 * parts["i2t"] + 2 * parts["t2t"] + 3 * parts["words"])
-    torch.testing.assert_close(parts["t2t"], R.text_loss(model, model.text_prefix(understand["full"]), understand["wording"]))
+    torch.testing.assert_close(parts["t2t"], R.text_loss(model, model.text_prefix(understand["question"]), understand["answer"]))
     batch = {"main": {"image": images(), "caption": captions(), "full": captions()}}
     for key in ("caption", "full"):
         torch.manual_seed(0)
