@@ -422,6 +422,7 @@ class CaptionTower(nn.Module):
         self.log_scale, self.bias = nn.Parameter(torch.empty(())), nn.Parameter(torch.empty(()))
         for p in self.parameters():
             nn.init.ones_(p) if p.ndim == 1 else nn.init.normal_(p, std=0.02)
+        nn.init.normal_(self.wte.weight), nn.init.normal_(self.text_pos, std=0.3)
         nn.init.constant_(self.log_scale, math.log(10)), nn.init.constant_(self.bias, -10)  # arXiv 2303.15343, section 3.2
 
     def forward(self, ids, patch_tokens):
