@@ -446,7 +446,7 @@ def save(state: dict, path: Path) -> None:
             os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
         temporary.unlink(missing_ok=True)
-        fail(f"{path} could not be written ({first_line(error)}); what was saved before is whole: free some space, and go on with --resume")
+        fail(f"{path} could not be written ({first_line(error.__context__ or error)}); what was saved before is whole: free some space, and go on with --resume")
     if WORLD > 1:
         dist.barrier()
 

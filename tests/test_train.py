@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -405,6 +406,21 @@ def test_a_finished_run_is_taken_over_and_a_new_one_says_so(tmp_path, capsys):
     assert [p.name for p in train.find_states(out)] == ["state-1-pretrain-0000003.pt"]
 
 
+def test_a_second_signal_stops_at_once_but_not_under_torchrun(monkeypatch):
+    """Ctrl-C reaches the processes twice there: from the terminal, and from torchrun."""
+    for world, asked in ((1, pytest.raises(SystemExit)), (2, nullcontext())):
+        monkeypatch.setattr(train, "WORLD", world)
+        interrupt = train.Interrupt()
+        with pytest.raises(SystemExit) as end:
+            interrupt(signal.SIGTERM, None)  # nothing is trained yet
+        assert end.value.code == 128 + signal.SIGTERM
+        interrupt.training = True
+        interrupt(signal.SIGINT, None)
+        with asked:
+            interrupt(signal.SIGINT, None)
+        assert interrupt.asked == signal.SIGINT
+
+
 @pytest.mark.parametrize("where", ["loss", "gradient"])
 def test_not_a_number_ends_the_run_before_it_is_saved(where, tmp_path, capsys, monkeypatch):
     real = train.update
@@ -455,7 +471,7 @@ def test_a_full_disk_leaves_the_last_good_state(tmp_path, capsys):
         with pytest.raises(SystemExit) as end:
             run(disk, "--stage", "pretrain")
         message = capsys.readouterr().err
-        assert end.value.code == 2 and "free some space" in message and "Traceback" not in message, message
+        assert end.value.code == 2 and "No space left" in message and "free some space" in message and "Traceback" not in message, message
         assert [p.name for p in disk.glob("*.pt*")] == ["state-1-pretrain-0000003.pt"]
         subprocess.run(["mount", "-o", "remount,size=64m", disk], check=True)
         run(disk, "--resume")
