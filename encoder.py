@@ -46,7 +46,7 @@ HALF_STATS = dict(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))  # [0, 1] -> [-1, 1
 @dataclass
 class ViTConfig:
     """One row of switches per architecture; plain numbers and strings, so that a checkpoint can hold asdict(cfg)."""
-    family: str = "scratch"        # whose model this is; printed, never branched on
+    family: str = "scratch"        # whose model this is; printed, the model never branches on it
     image_size: int = 224          # native side in pixels; other sizes interpolate the position embeddings
     patch_size: int = 16
     width: int = 768
@@ -204,8 +204,8 @@ class ViT(nn.Module):
 
     def check(self, images: Tensor) -> tuple[int, int]:
         """Rows and columns of patches; a sentence for whatever cannot be encoded."""
-        assert images.ndim == 4 and images.shape[1] == 3, f"images must be (B, 3, H, W), not {tuple(images.shape)}"
-        assert images.is_floating_point(), f"images must be floats in [0, 1], not {images.dtype}"
+        fits = images.ndim == 4 and images.shape[1] == 3 and images.is_floating_point()
+        assert fits, f"images must be floats (B, 3, H, W), not {images.dtype} {tuple(images.shape)}"
         if not torch.compiler.is_compiling() and len(images):  # one image shows a wrong scale; checking all would cost time
             low, high = images[0].detach().aminmax()
             assert low >= -1e-3 and high <= 1 + 1e-3, f"images must lie in [0, 1], not [{low:.3g}, {high:.3g}]"
@@ -263,7 +263,7 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
         header.pop("__metadata__", None)
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
             dtype, shape, (begin, end) = DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
-            if start + begin != position or start + end > len(data) or end - begin != math.prod(shape) * dtype.itemsize:
+            if start + begin != position or end - begin != math.prod(shape) * dtype.itemsize:
                 raise ValueError(f"tensor {name}, {entry}, does not fill its bytes, from {position - start} on, of {len(data) - start}")
             tensors[name] = torch.frombuffer(data, dtype=dtype, count=math.prod(shape), offset=position).view(shape)
             position = start + end
@@ -281,8 +281,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # a damaged pickle or zip can raise nearly anything; weights_only keeps it from running code
-        reason = f"{type(error).__name__} {error}".partition("\n")[0]
-        raise ValueError(f"torch.load(weights_only=True) cannot read it ({reason:.150})") from None
+        raise ValueError(f"torch.load(weights_only=True) cannot read it: {type(error).__name__} {error}".partition("\n")[0]) from None
     for wrapper in ("state_dict", "model"):
         tensors = tensors.get(wrapper, tensors) if isinstance(tensors, dict) else tensors
     if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
@@ -420,7 +419,7 @@ def recognise(tensors: dict[str, Tensor], named: dict[str, Tensor], stated: dict
             raise ValueError(f"the config beside it states {field} = {stated[field]}, its tensors show {shown[field]}")
     pool = "cls" if "cls_token" in named else "none" if family.startswith("SigLIP") else "mean"
     implied = dict(family=family, image_size=grid * patch, heads=HEADS.get(width, 0 if width % 64 else width // 64),
-                   pool="attention" if any(name.startswith("pool.") for name in named) else pool,
+                   pool="attention" if "pool.probe" in named else pool,
                    cls_token="cls_token" in named, norm_pre="norm_pre.weight" in named, fc_norm="fc_norm.weight" in named,
                    qkv_bias=bool(named.keys() & {"blocks.0.attn.q.bias", "blocks.0.attn.qkv.bias"}))
     cfg = ViTConfig(**implied | conventions | shown | stated)
@@ -452,7 +451,7 @@ def fill(model: ViT, named: dict[str, Tensor], dtype: torch.dtype) -> None:
 
     # What our ViT keeps in another form than the file: first the tokens, ...
     tokens = cfg.cls_token + cfg.registers
-    own = next((n for n in (tokens, int(cfg.cls_token)) if n + N == named["positions"].shape[-2]), 0)  # tokens that have a position embedding
+    own = next((n for n in (tokens, int(cfg.cls_token)) if n + N == named["positions"].shape[-2]), 0)  # those that have a position embedding
     positions = take("positions", own + N, D)
     prefix = [take("cls_token", D)[None]] if cfg.cls_token else []
     prefix += [take("registers", cfg.registers, D)] if cfg.registers else []
@@ -574,8 +573,8 @@ def pca_colours(tokens: Tensor) -> Tensor:
     axes = torch.linalg.svd(tokens, full_matrices=False)[2][:3]                                      # (3, D)
     axes = axes * axes.gather(1, axes.abs().argmax(dim=1, keepdim=True)).sign()                      # a component's sign is arbitrary
     colours = tokens @ axes.T                                                                        # (N, 3)
-    low, high = colours.amin(dim=0), colours.amax(dim=0)
-    return (colours - low) / (high - low).clamp_min(1e-12)
+    colours = colours - colours.amin(dim=0)
+    return colours / colours.amax(dim=0).clamp_min(1e-12)
 
 
 def main() -> None:

@@ -271,6 +271,8 @@ def test_every_reshaped_tensor_is_refused(clip_folder):
             swapped = tensor.transpose(0, 1) if tensor.ndim > 1 and tensor.shape[0] != tensor.shape[1] else tensor.view(2, -1)
             with pytest.raises(ValueError, match="model.safetensors: "):
                 E.load_encoder(clip_folder({**tensors, name: swapped.contiguous()}))
+    with pytest.raises(ValueError, match=r"\[2, 12\] instead of"):
+        E.load_encoder(clip_folder({**tensors, "vision_model.post_layernorm.weight": torch.ones(2, 12)}))
     with pytest.raises(ValueError, match="int64"):
         E.load_encoder(clip_folder({**tensors, "vision_model.post_layernorm.weight": torch.ones(12, dtype=torch.int64)}))
 
@@ -296,6 +298,22 @@ def test_one_lost_layer_scale_is_refused(tmp_path):
         E.load_encoder(tmp_path)
 
 
+def test_siglip_without_its_head_has_no_pooled_embedding(tmp_path):
+    """As transformers saves it with vision_use_head=False; a head in part is a damaged one."""
+    shutil.copytree(FIXTURES / "hf_siglip", tmp_path, dirs_exist_ok=True)
+    tensors = E.read_safetensors(FIXTURES / "hf_siglip" / "model.safetensors")
+    head = [name for name in tensors if name.startswith("vision_model.head.")]
+    images = torch.rand(1, 3, 15, 15)
+    whole = E.load_encoder(tmp_path)(images)
+    write_safetensors(tmp_path / "model.safetensors", {name: tensor for name, tensor in tensors.items() if name not in head})
+    features = E.load_encoder(tmp_path)(images)
+    assert features.pooled is None and torch.equal(features.patch_tokens, whole.patch_tokens) and whole.pooled is not None
+    for lost in head:
+        write_safetensors(tmp_path / "model.safetensors", {name: tensor for name, tensor in tensors.items() if name != lost})
+        with pytest.raises(ValueError, match="missing|no place"):
+            E.load_encoder(tmp_path)
+
+
 @pytest.mark.parametrize("field, value, sentence", [
     ("hidden_size", 24, "width = 24.* show 12"), ("num_hidden_layers", 3, "depth = 3.* show 2"), ("image_size", 20, "image_size = 20"),
     ("hidden_act", "relu", "no such activation.*relu"), ("num_attention_heads", 5, "heads"), ("num_attention_heads", "three", "config beside it"),
@@ -309,7 +327,8 @@ def test_a_config_that_contradicts_the_tensors(clip_folder, field, value, senten
         E.load_encoder(folder)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "3", '{"vision_config": 3}', '{"vision_config": {}, "image_mean": [1, 2]}', "\\xff"])
+@pytest.mark.parametrize("text", ["", "{", "[]", "3", '{"vision_config": 3}', '{"vision_config": {"num_attention_heads": 3}, "image_mean": [1, 2]}',
+                                  '{"num_attention_heads": 3, "global_pool": "max"}', "\\xff"])
 def test_a_config_that_is_damaged(clip_folder, text):
     folder = clip_folder(clip_tensors())
     (folder / "config.json").write_bytes(text.encode("latin-1"))
