@@ -49,6 +49,8 @@ class ModelConfig:
     encoder_size: int = 0         # pixels of a side at which the encoder sees the images; 0: as they are
     connector_depth: int = 3
     paradigm: str = "flow"        # a key of IMAGES
+    visual_words: int = 0         # how many of the K are kept, the rest are <pad>; 0: all
+    condition: str = "words"      # RecA's. Controls of higher fidelity: "features", the patch tokens through an MLP; "pixels", the patches through one matrix
     draws: int = 1                # in training, how often each image is noised or masked behind its prefix
     noise_scale: float = 2.0      # flow, mar: standard deviation of the noise; larger for larger patches, arXiv 2511.13720
     flow_mlp_width: int = 256     # mar: the head that draws one patch
@@ -303,6 +305,10 @@ class UnifiedModel(nn.Module):
         self.blocks = nn.ModuleList(Block(cfg.width, cfg.heads) for _ in range(cfg.depth))
         self.norm, self.lm_head = LayerNorm(cfg.width), Linear(cfg.width, tokens)
         self.connector = Connector(cfg)
+        if cfg.condition != "words":
+            features, pixels = cfg.encoder_width, 3 * cfg.patch_size ** 2
+            self.raw_norm = LayerNorm(features) if cfg.condition == "features" else nn.Identity()
+            self.raw_proj = nn.Sequential(Linear(features, 4 * cfg.width), nn.GELU(), Linear(4 * cfg.width, cfg.width)) if cfg.condition == "features" else Linear(pixels, cfg.width)
         self.init_weights()
 
     @torch.no_grad()
@@ -314,7 +320,7 @@ class UnifiedModel(nn.Module):
             elif "lm_head" in name or "flow_head" in name or ".ada." in name:
                 nn.init.zeros_(p)
             else:
-                nn.init.normal_(p, std=0.02 if p.ndim == 2 else p[0].numel() ** -0.5)  # convolutions by their fan-in
+                nn.init.normal_(p, std=0.02 if p.ndim == 2 and "raw_proj" not in name else p[0].numel() ** -0.5)  # convolutions by their fan-in
         nn.init.normal_(self.wte.weight)                                         # words and places have to be heard beside what the blocks
         nn.init.normal_(self.text_pos, std=0.3)                                  # add: "top left" is learnt four times as fast as with 0.02
         nn.init.normal_(self.image_pos)
@@ -339,12 +345,23 @@ class UnifiedModel(nn.Module):
 
     def visual_words(self, patch_tokens):
         """Encoder patch tokens (B, tokens, D_enc) -> probabilities (B, K, V): each visual word is a mixture of words."""
-        return self.connector(patch_tokens).float().softmax(-1)
+        words = self.connector(patch_tokens).float().softmax(-1)
+        if self.cfg.visual_words:
+            kept = torch.arange(words.shape[1], device=words.device) < self.cfg.visual_words
+            words = torch.where(kept[:, None], words, torch.eye(words.shape[2], device=words.device)[0])  # data.PAD
+        return words
 
     def visual_prefix(self, words):
         """Visual words (B, K, V) -> prefix (B, T, D): <bos>, then expected word embeddings. One-hot words give text_prefix."""
         bos = self.wte.weight[1].expand(len(words), 1, -1)                       # data.BOS
         return torch.cat([bos, (words @ self.wte.weight[: self.cfg.vocab_size]).to(bos.dtype)], 1)
+
+    def raw_prefix(self, x):
+        """Patch tokens (B, n, D_enc) or patches (B, n, P), see `condition` -> prefix (B, T, D): <bos>, what they are mapped to, <pad>."""
+        x = self.raw_proj(self.raw_norm(x))
+        ids = torch.tensor([1] + [0] * (self.cfg.text_len - 1), device=x.device)  # data.BOS, data.PAD
+        padding = self.text_prefix(ids.expand(len(x), -1)).to(x)
+        return torch.cat([padding[:, :1], x, padding[:, 1 + x.shape[1]:]], 1)
 
     def places(self):
         """Position embeddings of the image, row by row: (N, D). What is learnt of one row holds in all columns (arXiv 2307.06304)."""

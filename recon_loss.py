@@ -36,6 +36,8 @@ def recon_loss(model, encoder, images, train_connector=False, features=None):
     Nothing on the condition's side gets a gradient: not the encoder, not the connector, not through it the word embeddings,
     lest words drift to new meanings. `train_connector` lets the last two learn (photographs, where captions taught too little).
     """
+    if model.cfg.condition != "words":  # the controls of the paper's figure 12
+        return image_loss(model, raw_prefix(model, encoder, images, features), images)
     with torch.set_grad_enabled(train_connector and torch.is_grad_enabled()):
         prefix = model.visual_prefix(see(model, encoder, images, features))      # (B, T, D)
     return image_loss(model, prefix, images)
@@ -51,6 +53,21 @@ def see(model, encoder, images, features=None):
     with torch.no_grad():                                                        # (B, tokens, D_enc)
         features = encoder(model.for_encoder(images)).patch_tokens if features is None else features.to(images.dtype)
     return model.visual_words(features)
+
+
+def raw_prefix(model, encoder, images, features=None):
+    """RecA's prefix where it holds no words (`ModelConfig.condition`): (B, 3, H, W) -> (B, T, D). It learns with the transformer, the encoder does not."""
+    if model.cfg.condition == "pixels":
+        return model.raw_prefix(patchify(images, model.cfg.patch_size))
+    with torch.no_grad():
+        features = encoder(model.for_encoder(images)).patch_tokens if features is None else features.to(images.dtype)
+    return model.raw_prefix(features)
+
+
+def own_caption(model, encoder, batch):
+    """The likeliest visual words of a batch's images, as a caption: <bos> words (B, T)."""
+    with torch.no_grad():
+        return F.pad(see(model, encoder, batch["image"], batch.get("features")).argmax(-1), (1, 0), value=BOS)
 
 
 def image_loss(model, prefix, images):
@@ -197,7 +214,7 @@ def total_loss(model, encoder, batch, weights, tower=None, captions="caption", t
 
     batch     {"main", "understand", "replay"}: dictionaries as the data sets make them; a term reads only its own
     weights   {term: weight}. RecA itself is {"recon": 1}: it reads batch["main"]["image"] alone
-    captions  what t2i reads: "caption" (sparse) or "full" (dense)
+    captions  what t2i reads: "caption" (sparse), "full" (dense) or "own": the likeliest visual words, the model's own caption
     """
     on = {term for term, weight in weights.items() if weight > 0}
     main, understand, replay = (batch.get(name) for name in ("main", "understand", "replay"))
@@ -209,7 +226,7 @@ def total_loss(model, encoder, batch, weights, tower=None, captions="caption", t
     elif on & {"i2t", "words"}:
         words = see(model, encoder, understand["image"], understand.get("features"))
     terms = {
-        "t2i": lambda: t2i_loss(model, main[captions], main["image"]),
+        "t2i": lambda: t2i_loss(model, own_caption(model, encoder, main) if captions == "own" else main[captions], main["image"]),
         "recon": lambda: recon_loss(model, encoder, main["image"], train_connector, main.get("features")),
         "replay": lambda: t2i_loss(model, replay["caption"], replay["image"]),
         "i2t": lambda: text_loss(model, model.visual_prefix(words), understand["wording"]),

@@ -27,7 +27,7 @@ from torchvision.transforms.functional import to_pil_image
 from data import BOS, EOS, PAD, Vocabulary, decode, to_tensor
 from encoder import ViT, ViTConfig, load_encoder
 from model import ModelConfig, UnifiedModel, unpatchify
-from recon_loss import interpolate, null_prefix, see
+from recon_loss import interpolate, null_prefix, raw_prefix, see
 
 FORMAT = 1          # of a checkpoint, see load_checkpoint
 MAX_BATCH = 128     # images drawn at a time
@@ -190,7 +190,9 @@ def text_to_image(model, vocabulary, prompts, **options):
 
 
 def reconstruct(model, encoder, images, **options):
-    """The images drawn again from their visual words alone: (B, 3, H, W) -> (B, 3, H, W)."""
+    """The images drawn again from their visual words alone (or what `ModelConfig.condition` puts there): (B, 3, H, W) -> (B, 3, H, W)."""
+    if model.cfg.condition != "words":
+        return sample_image(model, raw_prefix(model, encoder, images.to(model.device)), **options)
     return sample_image(model, model.visual_prefix(see_words(model, encoder, images)), **options)
 
 
