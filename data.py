@@ -674,10 +674,10 @@ def _leave_ctrl_c(worker: int):
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process saves first; workers end with it
 
 
-def batches(dataset: Dataset, batch_size: int, seed: int, start: int = 0, workers: int = 0, bad_file: str = "", rank: int = 0, world: int = 1):
-    """Batches without end, from batch number `start` on. Images that were skipped are named in `bad_file`, once each."""
+def batches(dataset: Dataset, batch_size: int, seed: int, start: int = 0, workers: int = 0, bad_file: str = "", rank: int = 0, world: int = 1, images: int = 0):
+    """Batches without end, from batch number `start` on, of the first `images` images (0: all). Those that were skipped are named in `bad_file`, once each."""
     named = set()
-    for batch in make_loader(dataset, keys(len(dataset), batch_size, seed, start, rank, world), workers):
+    for batch in make_loader(dataset, keys(min(images or len(dataset), len(dataset)), batch_size, seed, start, rank, world), workers):
         new = {path: reason for path, reason in batch.pop("bad", ()) if path not in named}
         if new and bad_file:
             named |= new.keys()

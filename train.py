@@ -66,9 +66,14 @@ class Config:
     data_dir: str = option("", "folder of the images; imagenet: with train/ and val/")
     stage: str = option("all", "one stage, or all of them", ["all", "encoder", "pretrain", "align", "sft", "reca"])
     paradigm: str = option("flow", "how images are generated", ["flow", "ar", "mask", "mar"])
-    encoder: str = option("scratch", "understanding encoder: scratch, a public name (clip-b16, ...), or a path")
+    encoder: str = option("scratch", "understanding encoder: scratch, a public name (clip-b16, ...), or a path; random: scratch left untrained, a control")
     encoder_size: int = option(0, "pixels of a side at which the encoder sees the images; 0: as they are")
-    captions: str = option("sparse", "captions that the sft stage trains on", ["sparse", "dense"])
+    captions: str = option("sparse", "captions that the sft stage trains on; own: the visual words, as the model's own caption", ["sparse", "dense", "own"])
+    condition: str = option("words", "what RecA's prefix holds; features, pixels: controls in which the image can be copied", ["words", "features", "pixels"])
+    visual_words: int = option(0, "how many visual words are kept, the rest are <pad>; 0: all")
+    images: int = option(0, "how many images of their split sft and reca see; 0: all")
+    drop: float = option(0.1, "share of conditions dropped in training, for guidance")
+    trains: str = option("all", "what of the transformer sft and reca train", ["all", "attention"])
     out_dir: str = option("out", "where checkpoints, logs, tables and pictures go")
     init_from: str = option("", "checkpoint of an earlier stage to start from")
     resume: bool = option(False, "go on with the run in --out_dir, with its settings")
@@ -174,11 +179,11 @@ def check(cfg: Config) -> None:
                 fail(f"--{name} is {getattr(cfg, name)}, it must be {what}")
 
     each("image_size patch_size width depth heads batch_size draws understand_batch side_batch accumulate keep log_every save_every eval_n", lambda n: n >= 1, "at least 1")
-    each("encoder_steps pretrain_steps align_steps reca_steps warmup encoder_size", lambda n: n >= 0, "at least 0")
+    each("encoder_steps pretrain_steps align_steps reca_steps warmup encoder_size images visual_words", lambda n: n >= 0, "at least 0")
     each("encoder_lr pretrain_lr align_lr reca_lr grad_clip", lambda x: 0 < x < math.inf, "a positive number")
     each("t2t i2t replay words weight_decay", lambda x: 0 <= x < math.inf, "a number, at least 0")
     each("decay", lambda x: 0 <= x <= 1, "in [0, 1]")
-    each("ema", lambda x: 0 <= x < 1, "in [0, 1)")
+    each("ema drop", lambda x: 0 <= x < 1, "in [0, 1)")
     each("workers", lambda n: n >= -1, "-1 or more")
     each("seed", lambda n: 0 <= n < 2 ** 32, "at least 0 and below 2^32")
     each("batch_size understand_batch side_batch", lambda n: n % (WORLD * cfg.accumulate) == 0, f"a multiple of {WORLD} processes x --accumulate {cfg.accumulate}")
@@ -192,6 +197,9 @@ def check(cfg: Config) -> None:
     else:
         each("encoder", lambda name: name != "scratch", "public weights (clip-b16, or a path): the scratch encoder learns from the shapes' exact captions")
         each("text_len", lambda n: n >= 3, "at least 3")
+        each("encoder", lambda name: name != "random", "public weights: the random encoder is a control on the shapes")
+    each("condition", lambda x: x == "words" or cfg.stage == "reca", "words: only --stage reca can have another")
+    each("visual_words", lambda n: n < cfg.text_len, f"at most {cfg.text_len - 1}, the words of a prefix")
     if cfg.stage in NEEDS and not (cfg.init_from or cfg.resume) and (cfg.stage != "pretrain" or cfg.paradigm in ("ar", "mask")):
         fail(f"--stage {cfg.stage} starts from an earlier stage: give --init_from, a checkpoint of stage {NEEDS[cfg.stage]}")
     if cfg.shard and (WORLD == 1 or cfg.stage in ("all", "encoder")):
@@ -303,6 +311,8 @@ def learns(stage: str, name: str, cfg: Config) -> bool:
     part = next((part for part in ("encoder.", "tower.", "model.connector.", "model.tokenizer.") if name.startswith(part)), "transformer")
     if stage == "encoder":  # all, but for public weights: these are frozen for good
         return cfg.encoder == "scratch" or part in ("model.tokenizer.", "transformer")
+    if cfg.trains == "attention" and stage in ("sft", "reca") and part == "transformer":
+        return ".attn." in name
     return part == ("model.connector." if stage == "align" else "transformer") or part == "model.connector." and stage == "reca" and cfg.train_connector
 
 
@@ -318,15 +328,19 @@ class Run:
         torch.manual_seed(cfg.seed)  # on every rank the same: they start with the same weights, and draw the same noise
         self.vocabulary = vocabulary
         self.vocabulary = vocabulary or self.dataset("pretrain").vocabulary
-        self.encoder = encoder or (ViT(scratch_config(cfg.image_size, cfg.patch_size)) if cfg.encoder == "scratch" else load_encoder(cfg.encoder))
+        self.encoder = encoder or (ViT(scratch_config(cfg.image_size, cfg.patch_size)) if cfg.encoder in ("scratch", "random") else load_encoder(cfg.encoder))
         self.model = UnifiedModel(ModelConfig(
             paradigm=cfg.paradigm, vocab_size=len(self.vocabulary), text_len=cfg.text_len, image_size=cfg.image_size, patch_size=cfg.patch_size,
             width=cfg.width, depth=cfg.depth, heads=cfg.heads, encoder_width=self.encoder.cfg.width, draws=cfg.draws, encoder_size=cfg.encoder_size,
-            noise_scale=cfg.patch_size / 8))
+            noise_scale=cfg.patch_size / 8, condition=cfg.condition, visual_words=cfg.visual_words))
+        recon_loss.DROP = cfg.drop
         tower = CaptionTower(len(self.vocabulary), cfg.text_len, 128, self.encoder.cfg.width)
         self.parts = nn.ModuleDict({"encoder": self.encoder, "tower": tower, "model": self.model}).to(policy.device)
         with torch.no_grad():  # images of a size that this encoder cannot read are a mistake to be told now, not when align begins
-            self.encoder(self.model.for_encoder(torch.zeros(1, 3, cfg.image_size, cfg.image_size, device=policy.device)))
+            tokens = self.encoder(self.model.for_encoder(torch.zeros(1, 3, cfg.image_size, cfg.image_size, device=policy.device))).patch_tokens.shape[1]
+        tokens = {"words": 0, "features": tokens, "pixels": (cfg.image_size // cfg.patch_size) ** 2}[cfg.condition]
+        if tokens >= cfg.text_len:
+            fail(f"--condition {cfg.condition} is {tokens} tokens, and the prefix has room for {cfg.text_len - 1}: choose larger patches")
         if cfg.checkpoint_activations:
             for block in self.model.blocks:
                 block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
@@ -354,7 +368,7 @@ class Run:
 
     def checkpoint(self, stage: str, step: int) -> dict:
         """What sample.py, evaluate.py and a later stage need; see sample.load_checkpoint. Under --shard all ranks have to call this."""
-        scratch, model = self.cfg.encoder == "scratch", whole(self.model.state_dict())
+        scratch, model = self.cfg.encoder in ("scratch", "random"), whole(self.model.state_dict())
         return {"format": 1, "stage": stage, "step": step, "model_config": asdict(self.model.cfg), "model": model,
                 "ema": model | whole(self.average) if self.average else None, "vocabulary": self.vocabulary.words, "config": asdict(self.cfg),
                 "encoder": {"name": self.cfg.encoder, "config": asdict(self.encoder.cfg) if scratch else None, "state": whole(self.encoder.state_dict()) if scratch else None}}
@@ -363,13 +377,15 @@ class Run:
         """Takes over the weights of a checkpoint of the same sizes and words, to begin `stage`; anything else is a user's mistake."""
         saved = read_checkpoint(path)
         try:
+            may = {"draws", "visual_words"} | ({"condition"} if saved["model_config"].get("condition", "words") == "words" else set())
             theirs, mine = saved["model_config"] | {"encoder": saved["encoder"]["name"]}, asdict(self.model.cfg) | {"encoder": self.cfg.encoder}
-            differ = [f"{k} is {theirs.get(k)} there and {mine[k]} here" for k in mine if theirs.get(k) != mine[k] and k != "draws"]
+            differ = [f"{k} is {theirs.get(k)} there and {mine[k]} here" for k in mine if theirs.get(k) != mine[k] and k not in may]
             if differ or saved["vocabulary"] != self.vocabulary.words:
                 fail(f"the checkpoint {path} is of another configuration: {'; '.join(differ) or 'it was trained on other words'}")
             if stage in NEEDS and STAGES.index(saved["stage"]) < STAGES.index(NEEDS[stage]):
                 fail(f"the checkpoint {path} is of stage {saved['stage']}, and --stage {stage} starts from {NEEDS[stage]}: train that stage first")
-            self.model.load_state_dict(saved["ema"] or saved["model"])
+            raw = {name: value for name, value in self.model.state_dict().items() if name.startswith("raw_")}  # of --condition: reca starts it anew
+            self.model.load_state_dict(raw | (saved["ema"] or saved["model"]))
             if saved["encoder"]["state"] is not None:
                 self.encoder.load_state_dict(saved["encoder"]["state"])
         except (KeyError, TypeError, RuntimeError) as error:
@@ -476,8 +492,8 @@ def make_optimizers(chosen: dict[str, nn.Parameter], cfg: Config) -> list[torch.
     """Muon (torch.optim, arXiv 2502.16982) for the matrices of the blocks, AdamW for embeddings, heads, norms and the rest."""
     matrices = {name: p for name, p in chosen.items() if p.ndim == 2 and "blocks." in name}
     rest = [p for name, p in chosen.items() if name not in matrices]
-    adamw = torch.optim.AdamW(rest, betas=(0.9, 0.95), weight_decay=cfg.weight_decay, fused=True)
-    return [adamw, torch.optim.Muon(matrices.values(), weight_decay=cfg.weight_decay, adjust_lr_fn="match_rms_adamw")] if matrices else [adamw]
+    adamw = [torch.optim.AdamW(rest, betas=(0.9, 0.95), weight_decay=cfg.weight_decay, fused=True)] if rest else []
+    return adamw + ([torch.optim.Muon(matrices.values(), weight_decay=cfg.weight_decay, adjust_lr_fn="match_rms_adamw")] if matrices else [])
 
 
 def set_lr(optimizers: list, lr: float) -> None:
@@ -497,7 +513,7 @@ class Core(nn.Module):
     def __init__(self, run: Run, stage: str, weights: dict[str, float]):
         super().__init__()
         self.parts, self.weights = run.parts, weights
-        self.how = dict(captions="full" if stage == "sft" and run.cfg.captions == "dense" else "caption",
+        self.how = dict(captions={"sparse": "caption", "dense": "full", "own": "own"}[run.cfg.captions if stage == "sft" else "sparse"],
                         train_connector=stage == "reca" and run.cfg.train_connector)
 
     def forward(self, batch):
@@ -577,8 +593,8 @@ def train_stage(run: Run, stage: str, interrupt: Interrupt, saved: dict | None =
     seed, start = cfg.seed * 1000 + STAGES.index(name) * 10, saved["step"] if saved else 0
     seen = ("main", "understand") if cfg.cache_features and stage in ("align", "sft", "reca") else ()  # in sft: to see the very same images
     datasets = {role: run.cached(split) if role in seen else run.dataset(split) for role, (split, _) in BATCHES[stage].items()}
-    streams = {role: batches(datasets[role], getattr(cfg, size), seed + i, start, run.workers, str(run.out / "bad_images.txt"), RANK, WORLD)
-               for i, (role, (_, size)) in enumerate(BATCHES[stage].items())}
+    streams = {role: batches(datasets[role], getattr(cfg, size), seed + i, start, run.workers, str(run.out / "bad_images.txt"), RANK, WORLD,
+                             cfg.images if split == "reca" else 0) for i, (role, (split, size)) in enumerate(BATCHES[stage].items())}
     if not run.parameters_of(stage) or not weights:
         return  # public weights, no tokenizer: nothing to train
     core, batch = Core(run, stage, weights), next_batch(streams, policy.device)
