@@ -69,8 +69,8 @@ WRONG = {
         ("always full attention in the image", "seen if causal else ", ""),
     ],
     "model.UnifiedModel.predict_image": [
-        ("image positions added twice", "+ self.image_pos ", "+ 2 * self.image_pos "),
-        ("image positions left out", "+ self.image_pos ", " "),
+        ("image positions added twice", "+ self.places() ", "+ 2 * self.places() "),
+        ("image positions left out", "+ self.places() ", " "),
         ("the prefix has no positions", "prefix + self.text_pos[:T]", "prefix"),
         ("states off by one", "h[:, T:]", "h[:, T - 1:-1]"),
         ("draws mixed with the batch", "b (draws n) d\", draws=draws)\n        x", "b (draws n) d\", b=len(prefix))[:, :].flip(0)\n        x"),
@@ -83,7 +83,7 @@ WRONG = {
         ("no positions", "x = x + self.text_pos[: x.shape[1]]", "x = x"),
     ],
     "model.UnifiedModel.predict_image_cached": [
-        ("text positions instead of the image's", "self.image_pos[start: start + x.shape[1]]", "self.text_pos[start: start + x.shape[1]]"),
+        ("text positions instead of the image's", "self.places()[start: start + x.shape[1]]", "self.text_pos[start: start + x.shape[1]]"),
         ("the cache grows by every look", "if self.image.causal else 0", "if True else 0"),
         ("the cache never grows", "if self.image.causal else 0", "if False else 0"),
         ("every code at the first position", "start = cache.length - cache.prefix", "start = 0"),
