@@ -257,6 +257,12 @@ shapes | unrecognized
 --ema 1 | in [0, 1)
 --ema -0.1 | in [0, 1)
 --ema nan | in [0, 1)
+--drop 1 | in [0, 1)
+--images -1 | at least 0
+--visual_words 18 | at most 17
+--trains mlp | invalid choice
+--condition pixels | only --stage reca
+--dataset imagenet --data_dir {place} --encoder random | control on the shapes
 --weight_decay -1 | at least 0
 --t2t -1 | at least 0
 --i2t nan | at least 0
@@ -593,6 +599,40 @@ def test_ema_is_the_average_that_its_equation_says(tmp_path, monkeypatch):
     second = toy(tmp_path)[0]
     second.load(tmp_path / "pretrain.pt", "align")  # the next stage starts from what samples
     assert torch.equal(second.model.wte.weight, saved["ema"]["wte.weight"])
+
+
+def test_the_controls_change_what_they_say(place, tmp_path, monkeypatch):
+    seen, one = {}, lambda stage, *more: run(tmp_path / "one", "--stage", stage, "--init_from", place / "done/pretrain.pt", "--reca_steps", 3, *more)
+    base = weights(place / "done/pretrain.pt")
+    moved = lambda stage="reca": {name for name, w in weights(tmp_path / f"one/{stage}.pt").items() if name not in base or not torch.equal(w, base[name])}
+    recon_loss, loss = train.recon_loss, train.total_loss
+    t2i, drop = recon_loss.t2i_loss, recon_loss.drop_prefix
+
+    def look(model, encoder, batch, *args, **how):
+        seen.setdefault("images", set()).update(image.sum().item() for image in batch["main"]["image"])
+        seen["words"] = recon_loss.see(model, encoder, batch["main"]["image"]).argmax(-1)
+        return loss(model, encoder, batch, *args, **how)
+
+    monkeypatch.setattr(train, "total_loss", look)
+    monkeypatch.setattr(recon_loss, "t2i_loss", lambda model, caption, images: (seen.setdefault("captions", []).append(caption), t2i(model, caption, images))[1])
+    monkeypatch.setattr(recon_loss, "drop_prefix", lambda model, prefix, p: (seen.update(drop=p), drop(model, prefix, p))[1])
+    one("reca", "--images", 2, "--drop", 0.25)
+    assert len(seen["images"]) == 2 and seen["drop"] == 0.25
+    one("reca", "--trains", "attention")
+    assert moved() and all(".attn." in name and not name.startswith("connector") for name in moved())
+    one("reca", "--visual_words", 3)
+    assert not seen["words"][:, 3:].any()
+    one("sft", "--captions", "own", "--replay", 0)
+    assert torch.equal(seen["captions"][-1][:, 1:], seen["words"]) and (seen["captions"][-1][:, 0] == 1).all()
+    for condition, names in {"features": {"raw_norm.weight", "raw_proj.0.weight", "raw_proj.2.weight"}, "pixels": {"raw_proj.weight"}}.items():
+        one("reca", "--condition", condition)
+        assert {name for name in moved() if name.startswith("raw")} == names and not any(name.startswith("connector") for name in moved())
+    monkeypatch.undo()
+    run(tmp_path / "two", "--encoder", "random")
+    encoders = [torch.load(tmp_path / f"two/{name}.pt", weights_only=True)["encoder"]["state"] for name in ("encoder", "reca")]
+    torch.manual_seed(0)
+    same(encoders[0], encoders[1])
+    same(encoders[1], train.ViT(train.scratch_config(24, 8)).state_dict())
 
 
 def test_learning_rate_rises_stays_and_falls_to_zero():
