@@ -109,7 +109,7 @@ PLACES = [f"{row} {column}" for row in ("top", "middle", "bottom") for column in
 
 FACING = [(3, 5), (1, 7)]  # cells of a pair: across the middle row, or the middle column; two others are spread
 
-KINDS = {"single": 0.3, "group": 0.2, "pair": 0.25, "spread": 0.15, "several": 0.1}  # share of scenes of each kind
+KINDS = {"single": 0.25, "group": 0.25, "pair": 0.25, "spread": 0.15, "several": 0.1}  # share of scenes of each kind
 USUAL = 0.7           # share of objects with their shape's usual colour, in biased scenes
 SPARSE = (0.05, 0.3, 0.05)  # a sparse caption names a color in 1 mention of 20, a pair's relation in 3 of 10, places in 1 of 20
 EDITED = 0.4          # share of instructions among what the language side learns: a description and "make the star red" -> another description

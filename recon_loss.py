@@ -72,7 +72,8 @@ def own_caption(model, encoder, batch):
 
 def image_loss(model, prefix, images):
     """The model's own image loss after a prefix, with one condition in ten dropped. (B, T, D), (B, 3, H, W) -> scalar."""
-    images = images.repeat_interleave(model.cfg.draws, 0)                        # as MAR does for its head, arXiv 2406.11838
+    draws = 1 if model.image.causal else model.cfg.draws                         # more than one, as MAR has for its head, where there is chance
+    images = images.repeat_interleave(draws, 0)
     return IMAGE_LOSS[model.cfg.paradigm](model, drop_prefix(model, prefix, DROP), images)
 
 

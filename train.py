@@ -88,18 +88,18 @@ class Config:
     heads: int = option(4, "attention heads")
     text_len: int = option(18, "<bos> and this many words less one; also the number of visual words")
 
-    batch_size: int = option(16, "images a step")
-    draws: int = option(4, "how often each image of a step is noised or masked: draws share their prefix")
+    batch_size: int = option(32, "images a step")
+    draws: int = option(2, "how often each image of a step is noised or masked: draws share their prefix")
     understand_batch: int = option(32, "images a step of the understanding side: stages encoder and align")
     side_batch: int = option(8, "images a step of each further term: t2t, i2t, replay")
-    encoder_steps: int = option(1000, "steps of the encoder stage")
+    encoder_steps: int = option(800, "steps of the encoder stage")
     pretrain_steps: int = option(3000, "steps of the pretrain stage")
     align_steps: int = option(250, "steps of the align stage")
-    reca_steps: int = option(700, "steps of the reca stage, and of sft")
+    reca_steps: int = option(1000, "steps of the reca stage, and of sft")
     encoder_lr: float = option(2e-3, "peak learning rate of the encoder stage")
-    pretrain_lr: float = option(2e-3, "peak learning rate of the pretrain stage")
+    pretrain_lr: float = option(3e-3, "peak learning rate of the pretrain stage")
     align_lr: float = option(1e-3, "peak learning rate of the align stage")
-    reca_lr: float = option(1e-3, "peak learning rate of the reca stage, and of sft")
+    reca_lr: float = option(2e-3, "peak learning rate of the reca stage, and of sft")
     warmup: int = option(100, "steps of linear warm-up")
     decay: float = option(0.3, "share of a stage in which the learning rate falls linearly to zero")
     weight_decay: float = option(0.0, "decoupled weight decay")
@@ -108,7 +108,7 @@ class Config:
 
     t2t: float = option(0.1, "weight of words -> words in pretrain, sft and reca")
     i2t: float = option(0.1, "weight of image -> words in sft and reca; the paper keeps it where weights are shared")
-    replay: float = option(0.5, "weight of the pre-training pairs in sft and reca; the paper's is 0")
+    replay: float = option(1.0, "weight of the pre-training pairs in sft and reca; the paper's is 0")
     words: float = option(1.0, "weight in align of saying the canonical description, one visual word a word")
     train_connector: bool = option(False, "let the connector learn in reca, as OpenUni's does")
 
@@ -127,7 +127,7 @@ class Config:
     eval_n: int = option(96, "prompts of each category in the report")
 
 
-PHOTOS = dict(image_size=64, patch_size=8, width=384, depth=12, heads=6, text_len=33, encoder="clip-b16", eval_n=1000)
+PHOTOS = dict(image_size=64, patch_size=8, width=384, depth=12, heads=6, text_len=33, encoder="clip-b16", pretrain_lr=1e-3, reca_lr=2e-4, eval_n=1000)
 LARGE = PHOTOS | dict(patch_size=16, width=768, heads=12)  # photographs from 128 px on: JiT-B's sizes, arXiv 2511.13720
 SMOKE = dict(encoder_steps=60, pretrain_steps=100, align_steps=40, reca_steps=40, warmup=10, eval_n=24, log_every=10)
 
