@@ -1,18 +1,24 @@
-"""The exact scorer: what does an image of the shapes world hold, and is that what the words asked for?
+"""The exact scorer: what does an image of the shapes world hold, and is that what the words asked for? And the experiments built on it.
 
     python evaluate.py --ckpt out/reca.pt --n 240 --json results.json
+    python evaluate.py --experiment controls --seeds 0 1 2        # trains what is not there yet; assets/controls.md and .png
 
-Six categories after GenEval (arXiv 2310.11513), and four more:
+Six categories after GenEval (arXiv 2310.11513), and more:
 
     single     "a star"                               counting   "three stars"
     two        "a star and a circle"                  color      "a green star"                 an unusual color
     position   "a star left of a circle"              attribute  "a green star and a red cross" unusual colors, each on its own
     overall    the mean of these six
-    dense      three or four objects, all colors and relations (as DPG-Bench, arXiv 2403.05135)
-    edit       an object is added, or recolored: the instruction is followed, all else unchanged
-    understanding   an image's caption is true and complete, in any wording
-    reconstruction  an image drawn again from its visual words keeps its objects, colors and places
+    dense      three objects, all colors and places (as DPG-Bench, arXiv 2403.05135)
+    edit       recolor, replace, move, add, remove (as ImgEdit, arXiv 2505.20275): the instruction is followed, all else unchanged. edit_recolor and so on:
+               one kind; edit_direct: drawn without saying the edited scene first
+    understanding   an image's caption is true and complete, in any wording; of pairs of objects (understanding_pairs), and for each attribute by itself:
+               understanding_shape, _color, _count, _arrangement (the places or the relation)
+    recognized, drawn  single objects in an unusual color: the color is named in the caption; is drawn
+    reconstruction  an image drawn again from its visual words keeps all objects, colors and places. kept: the share of objects whose shape and
+               color are found again; kept_places: in the same cell as well; psnr: of the pixels, in dB
 
+The scenes that are asked for are of the kinds single, group, pair (two objects face to face), spread (two anywhere) and several (three): see data.py.
 No detector is needed: a cell's content is the render that comes nearest in squared error, and an image scores where its
 cells are exactly what was asked for, no more and no less. Photographs have no such truth; for them see `photographs`.
 
@@ -22,13 +28,19 @@ import argparse
 import json
 import math
 import random
+import shlex
+import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
+from typing import Callable, NamedTuple
 
 import torch
 from einops import rearrange
+from PIL import Image, ImageDraw, ImageFont
 
-from data import COLORS, EDITS, GRID, USUAL_COLOR, Scene, Shapes, describe, holds, is_full, parse, random_edit, random_scene, render, sprites, to_grid
+from data import (COLORS, EDITS, GRID, NUMBERS, PLURALS, SHAPES, USUAL_COLOR, Claim, Scene, Shapes, Thing, describe, holds, is_full, parse, random_edit, random_scene, render,
+                  sprites, to_grid)
 from sample import caption, edit, image_grid, load_checkpoint, reconstruct, sample_image, text_to_image
 
 ERROR_LIMIT = 0.02  # mean squared error above which a cell holds nothing that we know; another shape or color is at 0.02 to 0.3
@@ -76,8 +88,44 @@ def edits(n: int, seed: int = 0) -> list[tuple[Scene, str, Scene]]:
     return [random_edit(random.Random(f"edit {seed} {i}"), EDITS[i % len(EDITS)]) for i in range(n)]
 
 
-def score(hits: list[bool]) -> tuple[float, int]:
-    return sum(hits) / len(hits), len(hits)
+def score(hits) -> tuple[float, int, list[float]]:
+    """Right or wrong by case, never none -> share right, cases, 95% interval."""
+    share = sum(hits) / len(hits)
+    return share, len(hits), interval(share, len(hits))
+
+
+def mean(values) -> tuple[float, int, list[float]]:
+    """The same for numbers that are no shares."""
+    values = torch.as_tensor(values)
+    middle, half = values.mean().item(), 1.96 * values.std().item() / len(values) ** 0.5 if len(values) > 1 else math.inf
+    return middle, len(values), [round(middle - half, 4), round(middle + half, 4)]
+
+
+def objects(grid) -> Counter:
+    """(shape, color), as a cell says it -> how many there are."""
+    return Counter(cell for cell in grid if cell > 0)
+
+
+def attributes(claim: Claim | None, scene: Scene) -> dict[str, bool]:
+    """Whether a caption is right on each attribute by itself. A group has no arrangement."""
+    phrases, relations = (claim.phrases, claim.relations) if claim else ((), ())
+    right = {"shape": {phrase[2] for phrase in phrases} == {thing.shape for thing in scene.things},
+             "color": {phrase[2:0:-1] for phrase in phrases} == {(thing.shape, thing.color) for thing in scene.things},
+             "count": sum(phrase[0] for phrase in phrases) == len(scene.things)}
+    if scene.kind != "group":
+        placed = bool(relations) or bool(phrases) and all(phrase[3] is not None for phrase in phrases)
+        right["arrangement"] = placed and holds(Claim(tuple((count, None, shape, cell) for count, _, shape, cell in phrases), relations), to_grid(scene))
+    return right
+
+
+def draw_scenes(scenes: list[Scene], atlas) -> torch.Tensor:
+    """Their true pictures (B, 3, H, W)."""
+    return render(torch.tensor([to_grid(s) for s in scenes]), torch.tensor([s.background for s in scenes]), atlas)
+
+
+def results_of(found: dict[str, tuple]) -> dict:
+    """{category: (value, cases, interval)} -> the form of results.json."""
+    return {c: value for c, (value, _, _) in found.items()} | {"cases": {c: cases for c, (_, cases, _) in found.items()}, "interval": {c: i for c, (_, _, i) in found.items()}}
 
 
 @torch.no_grad()
@@ -89,44 +137,56 @@ def evaluate(loaded, n: int = 240, seed: int = 0) -> dict:
     model, encoder, vocabulary = loaded.model, loaded.encoder, loaded.vocabulary
     test = Shapes("test", model.cfg.image_size)
     noise = lambda: torch.Generator().manual_seed(seed)
-    found = {}
+    found, hits = {}, {}  # hits: right or wrong, by category
     for category in PROMPTS:
         asked = prompts(category, n, seed)
         cells = read_cells(text_to_image(model, vocabulary, asked, generator=noise()), test.atlas).tolist()
-        found[category] = score([holds(parse(words), row) for words, row in zip(asked, cells)])
-    if encoder is not None:
-        batch = test.__getitems__([(0, seed * n + i) for i in range(n)])
-        images, truth = batch["image"], batch["grid"].tolist()
-        claims = [parse(words) for words in caption(model, encoder, vocabulary, images)]
-        right = [bool(claim and is_full(claim) and holds(claim, row)) for claim, row in zip(claims, truth)]
-        found["understanding"] = score(right)
-        kinds = [test.scene(seed * n + i).kind for i in range(n)]
-        found["understanding_pairs"] = score([hit for hit, kind in zip(right, kinds) if kind == "pair"])
-        found["recognized"], found["drawn"] = unusual(loaded, test.atlas, n, seed)
-        again = read_cells(reconstruct(model, encoder, images, generator=noise()), test.atlas).tolist()
-        found["reconstruction"] = score([row == there for row, there in zip(again, truth)])
-        scenes, instructions, wanted = zip(*edits(n, seed))
-        before = render(torch.tensor([to_grid(s) for s in scenes]), torch.tensor([s.background for s in scenes]), test.atlas)
-        after = read_cells(edit(model, encoder, vocabulary, before, instructions, generator=noise()), test.atlas).tolist()
-        found["edit"] = score([row == to_grid(scene) for row, scene in zip(after, wanted)])
-    values = {category: share for category, (share, _) in found.items()}
-    return {"overall": sum(values[c] for c in CATEGORIES) / len(CATEGORIES)} | values | {
-        "cases": {category: cases for category, (_, cases) in found.items()},
-        "interval": {category: interval(*pair) for category, pair in found.items()}}
+        hits[category] = [holds(parse(words), row) for words, row in zip(asked, cells)]
+
+    batch = test.__getitems__([(0, seed * n + i) for i in range(n)])
+    images, truth, scenes = batch["image"], batch["grid"].tolist(), [test.scene(seed * n + i) for i in range(n)]
+    claims = [parse(words) for words in caption(model, encoder, vocabulary, images)]
+    hits["understanding"] = [bool(claim and is_full(claim) and holds(claim, row)) for claim, row in zip(claims, truth)]
+    hits["understanding_pairs"] = [hit for hit, scene in zip(hits["understanding"], scenes) if scene.kind == "pair"]
+    for claim, scene in zip(claims, scenes):
+        for name, hit in attributes(claim, scene).items():
+            hits.setdefault(f"understanding_{name}", []).append(hit)
+    hits["recognized"], hits["drawn"] = unusual(loaded, unusual_scenes(n, seed), test.atlas, seed)[:2]
+
+    drawn = reconstruct(model, encoder, images, generator=noise()).cpu()
+    again = read_cells(drawn, test.atlas).tolist()
+    hits["reconstruction"] = [row == there for row, there in zip(again, truth)]
+    kept = [((objects(row) & objects(there)).total(), objects(there).total()) for row, there in zip(again, truth)]
+    hits["kept"] = [i < found_again for found_again, all_of_them in kept for i in range(all_of_them)]
+    hits["kept_places"] = [a == b for row, there in zip(again, truth) for a, b in zip(row, there) if b]
+    found["psnr"] = mean(-10 * (drawn - images).square().flatten(1).mean(1).clamp(min=1e-6).log10())
+
+    scenes, instructions, wanted = zip(*edits(n, seed))
+    for name, think in {"edit": True, "edit_direct": False}.items():
+        after = edit(model, encoder, vocabulary, draw_scenes(scenes, test.atlas), instructions, think, generator=noise())
+        hits[name] = [row == to_grid(scene) for row, scene in zip(read_cells(after, test.atlas).tolist(), wanted)]
+    hits |= {f"edit_{kind}": hits["edit"][i:: len(EDITS)] for i, kind in enumerate(EDITS)}
+    found = {name: score(row) for name, row in hits.items() if row} | found
+    return {"overall": sum(found[c][0] for c in CATEGORIES) / len(CATEGORIES)} | results_of(found)
 
 
-def unusual(loaded, atlas, n: int, seed: int):
-    """The paper's figure 3: of n single objects in an unusual color, the share whose caption names it, and the share drawn so."""
+def unusual_scenes(n: int, seed: int) -> list[Scene]:
+    """n single objects in an unusual color."""
     rng, scenes = random.Random(f"unusual {seed}"), []
     while len(scenes) < n:
         scene = random_scene(rng, biased=False, kind="single")
         if scene.things[0].color != USUAL_COLOR[scene.things[0].shape]:
             scenes.append(scene)
-    images = render(torch.tensor([to_grid(s) for s in scenes]), torch.tensor([s.background for s in scenes]), atlas)
-    named = [COLORS[scene.things[0].color] in words.split() for scene, words in zip(scenes, caption(loaded.model, loaded.encoder, loaded.vocabulary, images))]
-    asked = [describe(scene, rng, 1, 0, 0) for scene in scenes]
-    cells = read_cells(text_to_image(loaded.model, loaded.vocabulary, asked, generator=torch.Generator().manual_seed(seed)), atlas).tolist()
-    return score(named), score([holds(parse(words), row) for words, row in zip(asked, cells)])
+    return scenes
+
+
+def unusual(loaded, scenes: list[Scene], atlas, seed: int):
+    """The paper's figure 3, for single objects: whether a caption names the color, whether it is drawn when asked for, and what is drawn."""
+    said = caption(loaded.model, loaded.encoder, loaded.vocabulary, draw_scenes(scenes, atlas))
+    asked = [describe(scene, random.Random(i), 1, 0, 0) for i, scene in enumerate(scenes)]
+    images = text_to_image(loaded.model, loaded.vocabulary, asked, generator=torch.Generator().manual_seed(seed))
+    named = [COLORS[scene.things[0].color] in words.split() for scene, words in zip(scenes, said)]
+    return named, [holds(parse(words), row) for words, row in zip(asked, read_cells(images, atlas).tolist())], images
 
 
 @torch.no_grad()
@@ -174,46 +234,249 @@ def mmd(a, b, sigma: float = 10.0) -> float:
 
 
 TITLES = {"pretrain": "base", "sft": "SFT", "reca": "RecA"}
-COLUMNS = [*CATEGORIES, "overall", "dense", "edit", "reconstruction", "understanding", "psnr", "cosine", "t2i_cosine", "frechet", "mmd"]
+COLUMNS = [*CATEGORIES, "overall", "dense", "edit", "edit_direct", "reconstruction", "kept", "kept_places", "understanding", "psnr", "cosine", "t2i_cosine", "frechet", "mmd"]
 
 
 def table(results: dict) -> str:
     """results.json as aligned text, a checkpoint a line."""
-    columns = [c for c in COLUMNS if any(c in row for row in results.values())]
+    columns = [c for c in COLUMNS if all(c in row for row in results.values())]
     head = f"{'':8}" + "".join(f"{c:>{max(len(c), 6) + 2}}" for c in columns)
     return "\n".join([head] + [f"{TITLES.get(name, name):8}" + "".join(f"{row[c]:{max(len(c), 6) + 2}.3f}" for c in columns) for name, row in results.items()])
 
 
-def compare(checkpoints: list, names: list[str], path, seed: int = 0) -> None:
-    """A picture for people: the same prompts and the same noise, one group of columns a checkpoint."""
-    asked = [prompts(category, 2, seed + 7)[i] for category in ("color", "attribute", "position", "counting", "dense") for i in range(2)]
-    rows = [[] for _ in asked]
+# ----------------------------------------------------------------------------------------------------------------------
+# Pictures for people: checkpoints side by side, the same prompts and the same noise. note: a line below, how it was made
+
+
+def save_picture(rows, row_captions, column_captions, path, note: str = "") -> None:
+    grid, font = image_grid(rows, row_captions, column_captions, scale=2), ImageFont.load_default(size=15)
+    if note:
+        canvas = Image.new("RGB", (max(grid.width, int(font.getlength(note)) + 32), grid.height + 26), "white")
+        canvas.paste(grid)
+        ImageDraw.Draw(canvas).text((16, grid.height), note, fill="gray", font=font)
+        grid = canvas
+    grid.save(path)
+
+
+def compare(checkpoints: list, names: list[str], path, seed: int = 0, note: str = "", asked=None) -> None:
+    """Prompts, drawn by each checkpoint."""
+    asked = asked or [prompts(category, 2, seed + 7)[i] for category in ("color", "attribute", "position", "counting", "dense") for i in range(2)]
+    many, rows = max(1, min(4, 16 // len(checkpoints))), [[] for _ in asked]
     for loaded in checkpoints:
-        images = text_to_image(loaded.model, loaded.vocabulary, [words for words in asked for _ in range(4)], generator=torch.Generator().manual_seed(seed))
-        for row, four in zip(rows, images.split(4)):
-            row.append(four)
-    image_grid(rows, asked, [TITLES.get(name, name) for name in names], scale=2).save(path)
+        images = text_to_image(loaded.model, loaded.vocabulary, [words for words in asked for _ in range(many)], generator=torch.Generator().manual_seed(seed))
+        for row, group in zip(rows, images.split(many)):
+            row.append(group)
+    save_picture(rows, asked, [TITLES.get(name, name) for name in names], path, note)
+
+
+def compare_counts(*args) -> None:
+    compare(*args, asked=[f"{number} {name}" for name in PLURALS[:2] for number in NUMBERS[1:]])
 
 
 def compare_photographs(checkpoints: list, names: list[str], dataset, path, seed: int = 0, n: int = 16) -> None:
-    """Held-out photographs beside what each checkpoint draws from their visual words, same noise; the caption is not read, only shown."""
+    """Held-out photographs beside what each checkpoint draws from their visual words; the caption is not read, only shown."""
     batch = dataset.__getitems__([(0, i * len(dataset) // n) for i in range(n)])
     groups = [batch["image"]] + [reconstruct(c.model, c.encoder, batch["image"], generator=torch.Generator().manual_seed(seed)).cpu() for c in checkpoints]
     captions = [checkpoints[0].vocabulary.decode(ids) for ids in batch["caption"].tolist()]
-    image_grid([[group[i: i + 1] for group in groups] for i in range(n)], captions, ["photograph", *(TITLES.get(name, name) for name in names)], scale=2).save(path)
+    save_picture([[group[i: i + 1] for group in groups] for i in range(n)], captions, ["photograph", *(TITLES.get(name, name) for name in names)], path)
+
+
+def compare_reconstructions(checkpoints: list, names: list[str], path, seed: int = 0, note: str = "") -> None:
+    """The paper's figure 5: four scenes of each kind, and what each checkpoint draws from their visual words."""
+    kinds, rng = ["single", "group", "pair", "spread", "several"], random.Random(f"reconstructions {seed}")
+    images = draw_scenes([random_scene(rng, False, kind) for kind in kinds for _ in range(4)], sprites(checkpoints[0].model.cfg.image_size // GRID))
+    groups = [images] + [reconstruct(c.model, c.encoder, images, generator=torch.Generator().manual_seed(seed)).cpu() for c in checkpoints]
+    save_picture([list(row) for row in zip(*(group.split(4) for group in groups))], kinds, ["input", *names], path, note)
+
+
+def compare_broccoli(checkpoints: list, names: list[str], path, seed: int = 0, note: str = "") -> None:
+    """Each shape in each color, in a row, as each checkpoint draws it."""
+    groups = [unusual(c, every_combination(1, seed), sprites(c.model.cfg.image_size // GRID), seed)[2].split(len(COLORS)) for c in checkpoints]
+    captions = [f"{shapes} in {', '.join(COLORS)}; usually {COLORS[color]}" for shapes, color in zip(PLURALS, USUAL_COLOR)]
+    save_picture([list(row) for row in zip(*groups)], captions, names, path, note)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Experiments: which runs of train.py, which of their checkpoints, which scores
+
+
+def every_combination(k: int, seed: int) -> list[Scene]:
+    """k single objects of each shape and color, shape by shape."""
+    rng = random.Random(f"combinations {seed}")
+    return [Scene("single", (Thing(shape, color, rng.randrange(GRID * GRID)),), rng.randrange(2)) for shape in range(len(SHAPES)) for color in range(len(COLORS)) for _ in range(k)]
+
+
+def broccoli(loaded, n: int, seed: int) -> dict:
+    """n / 12 objects of each shape and color: how many are recognized and drawn, of the unusual ones, and of each ("drawn green star")."""
+    scenes, found = every_combination(k := max(1, n // 12), seed), {}
+    for name, hits in zip(("recognized", "drawn"), unusual(loaded, scenes, sprites(loaded.model.cfg.image_size // GRID), seed)):
+        found[name] = score([hit for hit, scene in zip(hits, scenes) if scene.things[0].color != USUAL_COLOR[scene.things[0].shape]])
+        for i, (thing,) in enumerate(scene.things for scene in scenes[::k]):
+            found[f"{name} {COLORS[thing.color]} {SHAPES[thing.shape]}"] = score(hits[i * k: i * k + k])
+    return results_of(found)
+
+
+def broccoli_table(rows: dict) -> str:
+    """Percent recognized by the first row's checkpoint / drawn by it / drawn by the last row's."""
+    first, *_, last = rows.values()
+    percent = lambda runs, name: f"{100 * sum(run[name] for run in runs) / len(runs):.0f}"
+    cell = lambda what: " / ".join((percent(first, f"recognized {what}"), percent(first, f"drawn {what}"), percent(last, f"drawn {what}")))
+    lines = [["", *COLORS], ["---"] * (1 + len(COLORS))]
+    lines += [[name, *(f"({cell(f'{color} {name}')})" if i == usual else cell(f"{color} {name}") for i, color in enumerate(COLORS))] for name, usual in zip(SHAPES, USUAL_COLOR)]
+    titles = list(rows)
+    return f"\nPercent recognized by {titles[0]} / drawn by {titles[0]} / drawn by {titles[-1]}; the usual color in brackets:\n\n" + "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def counts(loaded, n: int, seed: int) -> dict:
+    """Groups of two, three and four: drawn when asked for, and counted right in captions."""
+    found, rng, atlas = {}, random.Random(f"counts {seed}"), sprites(loaded.model.cfg.image_size // GRID)
+    for number in (2, 3, 4):
+        asked = [f"{NUMBERS[number - 1]} {PLURALS[i % len(PLURALS)]}" for i in range(n)]
+        cells = read_cells(text_to_image(loaded.model, loaded.vocabulary, asked, generator=torch.Generator().manual_seed(seed)), atlas).tolist()
+        found[f"drawn_{number}"] = score([holds(parse(words), row) for words, row in zip(asked, cells)])
+        scenes = []
+        while len(scenes) < n:
+            scene = random_scene(rng, False, "group")
+            scenes += [scene] if len(scene.things) == number else []
+        said = caption(loaded.model, loaded.encoder, loaded.vocabulary, draw_scenes(scenes, atlas))
+        found[f"counted_{number}"] = score([attributes(parse(words), scene)["count"] for words, scene in zip(said, scenes)])
+    return results_of(found)
+
+
+ABLATIONS = ["--images 500", "--images 5000", "--drop 0", "--drop 0.3", "--reca_lr 2.5e-4", "--reca_lr 2e-3", "--i2t 0", "--t2t 0", "--replay 0", "--trains attention",
+             "--visual_words 4", "--visual_words 8", "--ema 0.99"]
+
+# Runs of train.py by folder: their options. A single stage starts from {main}/pretrain.pt unless told otherwise.
+RUNS = {
+    "main": "",
+    "features": "--stage reca --condition features", "pixels": "--stage reca --condition pixels",
+    "sft_own": "--stage sft --captions own", "sft_dense": "--stage sft --captions dense",
+    "reca_sft": "--stage sft --init_from {main}/reca.pt", "sft_reca": "--stage reca --init_from {main}/sft.pt", "reca_reca": "--stage reca --init_from {main}/reca.pt",
+    "random": "--encoder random --align_steps 1250", "clip": "--encoder {encoder} --encoder_size 96 --align_steps 1250",
+} | {option[2:].replace(" ", "_"): f"--stage reca {option}" for option in ABLATIONS}
+
+
+class Experiment(NamedTuple):
+    rows: dict[str, str]              # title: run/checkpoint. Differences are to the row before that is called "base", or to the first
+    columns: list[str]
+    measure: Callable = evaluate      # (loaded, n, seed) -> scores
+    picture: Callable | None = compare
+
+
+BEFORE_AND_AFTER = {"base": "main/pretrain", "RecA": "main/reca"}
+MAIN = {"base": "main/pretrain", "SFT": "main/sft", "RecA": "main/reca"}
+SCORES = [*CATEGORIES, "overall", "dense", "edit", "kept", "kept_places", "understanding"]
+
+EXPERIMENTS = {
+    "main": Experiment(MAIN, [*SCORES, "reconstruction"]),
+    "broccoli": Experiment(BEFORE_AND_AFTER, ["recognized", "drawn"], broccoli, compare_broccoli),
+    "reconstruction": Experiment(MAIN, ["kept", "kept_places", "reconstruction", "psnr"], picture=compare_reconstructions),
+    "copy": Experiment({"base": "main/pretrain", "words": "main/reca", "features": "features/reca", "pixels": "pixels/reca"},
+                       ["recon_loss", "overall", "color", "attribute", "dense", "kept", "kept_places", "psnr"]),
+    "controls": Experiment(MAIN | {"SFT, own captions": "sft_own/sft", "SFT, dense": "sft_dense/sft", "RecA, SFT": "reca_sft/sft", "SFT, RecA": "sft_reca/reca",
+                                   "RecA twice": "reca_reca/reca"}, SCORES),
+    "ablations": Experiment({"RecA": "main/reca"} | {option: f"{option[2:].replace(' ', '_')}/reca" for option in ABLATIONS}, SCORES, picture=None),
+    "counting": Experiment(MAIN, [f"{what}_{number}" for what in ("drawn", "counted") for number in (2, 3, 4)], counts, compare_counts),
+    "encoder": Experiment(BEFORE_AND_AFTER | {"base, random": "random/pretrain", "RecA, random": "random/reca", "base, CLIP": "clip/pretrain", "RecA, CLIP": "clip/reca"}, SCORES),
+}
+T95 = [12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262]  # Student's t, 97.5%, by the number of seeds less 2
+
+
+def make_run(name: str, seed: int, args) -> Path:
+    """The folder of a run; trains it where there are no results yet, going on where it was stopped. Ends with train.py's exit code where that is not 0."""
+    folder, main = (Path(args.out_dir) / f"s{seed}" / x for x in (name, "main"))
+    if not (folder / "results.json").exists():
+        options = [word.format(main=main, encoder=args.encoder) for word in RUNS[name].split()]
+        if name != "main":
+            make_run("main", seed, args)
+        command = [sys.executable, str(Path(__file__).with_name("train.py")), "--out_dir", str(folder)]
+        if (folder / "run.json").exists():
+            command += ["--resume"]
+        else:
+            start = ["--init_from", str(main / "pretrain.pt")] if "--stage" in options else []
+            command += ["--seed", str(seed), "--eval_n", str(args.n), *start, *shlex.split(args.train), *options]
+        print(shlex.join(command), flush=True)
+        process = subprocess.Popen(command)
+        try:
+            code = process.wait()
+        except KeyboardInterrupt:  # it has got the signal too, and saves its state first
+            code = process.wait()
+        if code:
+            raise SystemExit(code)
+    return folder
+
+
+def scores_of(row: str, seed: int, measure: Callable, args) -> dict:
+    """The scores of a run/checkpoint: those in results.json where they are of as many cases, else measured, and kept beside them."""
+    name, checkpoint = row.split("/")
+    folder = make_run(name, seed, args)
+    path, kept = folder / f"{checkpoint}.pt", folder / f"{measure.__name__}_{checkpoint}_{args.n}.json"
+    scores = json.loads((folder / "results.json").read_text()).get(checkpoint, {})
+    if measure is not evaluate or scores.get("cases", {}).get("edit_direct") != args.n:
+        if not kept.exists() or kept.stat().st_mtime < path.stat().st_mtime:
+            kept.write_text(json.dumps(measure(load_checkpoint(path, args.device), args.n, seed)))
+        scores = json.loads(kept.read_text())
+    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()] if (folder / "log.jsonl").exists() else []
+    return scores | {"recon_loss": line["recon"] for line in log if line["stage"] == checkpoint and "recon" in line}  # the last one
+
+
+def markdown(rows: dict[str, list[dict]], columns: list[str]) -> str:
+    """{title: scores by seed} -> a table: means over seeds and, in brackets, the difference to the base with its 95% t-interval over seeds, paired by
+    seed; "open" where that touches zero."""
+    lines, base = [["", *columns], ["---"] * (1 + len(columns))], None
+    for title, runs in rows.items():
+        lines.append([title])
+        for column in columns:
+            values = torch.tensor([run.get(column, math.nan) for run in runs], dtype=torch.float64)
+            text = "" if values.isnan().any() else f"{values.mean():.3f}"
+            if base and not title.startswith("base") and text and all(column in run for run in base):
+                gain = values - torch.tensor([run[column] for run in base], dtype=torch.float64)
+                half = T95[len(gain) - 2] * gain.std().item() / len(gain) ** 0.5 if len(gain) > 1 else None
+                text += f" ({gain.mean():+.3f}" + ("" if half is None else f" ± {half:.3f}" + ", open" * (half >= abs(gain.mean().item()))) + ")"
+            lines[-1].append(text)
+        base = runs if base is None or title.startswith("base") else base
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def experiment(name: str, args) -> None:
+    """Trains and scores what is not there yet, then assets/NAME.md and assets/NAME.png."""
+    rows, columns, measure, picture = EXPERIMENTS[name]
+    rows = {title: row for title, row in rows.items() if args.encoder or not row.startswith("clip/")}
+    by_seed = [{title: scores_of(row, seed, measure, args) for title, row in rows.items()} for seed in args.seeds]
+    found = {title: [scores[title] for scores in by_seed] for title in rows}
+    given = {"train": args.train, "encoder": args.encoder}
+    command = f"python evaluate.py --experiment {name} --seeds {' '.join(map(str, args.seeds))} --n {args.n}" + "".join(f" --{k}={shlex.quote(v)}" for k, v in given.items() if v)
+    text = f"`{command}`: seeds {', '.join(map(str, args.seeds))}, {args.n} cases each\n\n" + markdown(found, columns) + (broccoli_table(found) if name == "broccoli" else "")
+    Path("assets").mkdir(exist_ok=True)
+    (Path("assets") / f"{name}.md").write_text(text)
+    print(text)
+    if picture:
+        seed = args.seeds[0]
+        checkpoints = [load_checkpoint(make_run(row.split("/")[0], seed, args) / f"{row.split('/')[1]}.pt", args.device) for row in rows.values()]
+        picture(checkpoints, list(rows), Path("assets") / f"{name}.png", seed, f"{command} (seed {seed})")
 
 
 def main(argv=None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ckpt", nargs="+", required=True, help="one or more checkpoints of train.py")
-    parser.add_argument("--n", type=int, default=240, help="cases of each category")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--ckpt", nargs="+", help="one or more checkpoints of train.py")
+    what.add_argument("--experiment", choices=EXPERIMENTS, help="train, score, and write assets/NAME.md and .png; what is done already is not done again")
+    parser.add_argument("--n", type=int, default=96, help="cases of each category")
     parser.add_argument("--seed", type=int, default=0, help="of prompts, scenes and noise")
     parser.add_argument("--json", help="where to write the results")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of an experiment's runs, and of their prompts, scenes and noise")
+    parser.add_argument("--out_dir", default="experiments", help="where an experiment's runs are, as s0/main, s0/pixels, ...")
+    parser.add_argument("--train", default="", help='more options of train.py for all runs of an experiment: --train="--pretrain_steps 20 --reca_steps 5"')
+    parser.add_argument("--encoder", default="", help="of the experiment `encoder`: CLIP's weights, for two more rows")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
     try:
         if args.n < 1:
             raise ValueError(f"--n is {args.n}, it must be at least 1")
+        if len(set(args.seeds)) < len(args.seeds) or len(args.seeds) > len(T95) + 1 or min(args.seeds) < 0:
+            raise ValueError(f"--seeds {' '.join(map(str, args.seeds))}: give one to {len(T95) + 1} different seeds, at least 0")
+        if args.experiment:
+            return experiment(args.experiment, args)
         results = {Path(path).stem: evaluate(load_checkpoint(path, args.device), args.n, args.seed) for path in args.ckpt}
         print(table(results))
         if args.json:
