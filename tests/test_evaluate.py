@@ -1,7 +1,11 @@
 """The exact scorer and the world that it scores: ground truth passes, every wrong color, shape, count and relation fails."""
+import json
+import os
 import random
 import sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,8 +27,12 @@ def scenes_of(category, n, unusual=False):
     return out
 
 
+def pictures(scenes):
+    return D.render(torch.tensor([D.to_grid(s) for s in scenes]), torch.tensor([s.background for s in scenes]), ATLAS)
+
+
 def cells(scenes):
-    images = D.render(torch.tensor([D.to_grid(s) for s in scenes]), torch.tensor([s.background for s in scenes]), ATLAS)
+    images = pictures(scenes)
     return E.read_cells(images, ATLAS).tolist(), images
 
 
@@ -129,3 +137,177 @@ def test_distances_of_features():
     assert abs(E.mmd(a[:500], b[:500])) < 1e-3 < E.mmd(a[:500], b[:500] + 1)
     low, high = E.interval(0.5, 100)
     assert abs(low - 0.4038) < 1e-3 and abs(high - 0.5962) < 1e-3  # Wilson
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Scores of models that do exactly what is told here, and the experiments
+
+
+def model_that(monkeypatch, caption=D.describe, drawn=lambda prompt: D.Scene("single", (), 0), again=lambda i, scene: scene, edited=lambda i, after, before, think: after):
+    """A checkpoint of which these functions say what it does: of a scene its caption; of a prompt, a scene or an edit the scene that it draws."""
+    known = [D.Shapes("test").scene(i) for i in range(40)]
+    images_of_known = list(pictures(known))
+
+    def draw_scenes(scenes, atlas):
+        images = pictures(scenes)
+        known.extend(scenes), images_of_known.extend(images)
+        return images
+
+    seen = lambda image: next(scene for scene, its in zip(known, images_of_known) if torch.equal(its, image))
+    monkeypatch.setattr(E, "draw_scenes", draw_scenes)
+    monkeypatch.setattr(E, "caption", lambda m, e, v, images: [caption(seen(image)) for image in images])
+    monkeypatch.setattr(E, "text_to_image", lambda m, v, asked, generator: pictures([drawn(words) for words in asked]))
+    monkeypatch.setattr(E, "reconstruct", lambda m, e, images, generator: pictures([again(i, seen(image)) for i, image in enumerate(images)]))
+
+    def edit(m, e, v, images, instructions, think=True, generator=None):
+        return pictures([edited(i, after, before, think) for i, (before, _, after) in enumerate(E.edits(len(images), 0))])
+
+    monkeypatch.setattr(E, "edit", edit)
+    return SimpleNamespace(model=SimpleNamespace(cfg=SimpleNamespace(image_size=48)), encoder=None, vocabulary=None)
+
+
+def changed_first(scene, **change):
+    return replace(scene, things=(replace(scene.things[0], **change), *scene.things[1:]))
+
+
+def free_cell(scene):
+    return next(c for c in range(9) if c not in [t.cell for t in scene.things])
+
+
+def test_kept_objects_kept_places_and_psnr(monkeypatch):
+    move = lambda i, scene: changed_first(scene, cell=free_cell(scene)) if i % 2 else scene
+    paint = lambda i, scene: changed_first(scene, color=(scene.things[0].color + 1) % 8)
+    count = sum(len(D.Shapes("test").scene(i).things) for i in range(40))
+    perfect = E.evaluate(model_that(monkeypatch), 40)
+    assert perfect["kept"] == perfect["kept_places"] == perfect["reconstruction"] == 1 and perfect["psnr"] == pytest.approx(60)
+    moved = E.evaluate(model_that(monkeypatch, again=move), 40)
+    assert moved["kept"] == 1 and moved["kept_places"] == pytest.approx((count - 20) / count) and moved["reconstruction"] == 0.5 and moved["psnr"] < 50
+    painted = E.evaluate(model_that(monkeypatch, again=paint), 40)
+    assert painted["kept"] == painted["kept_places"] == pytest.approx((count - 40) / count)
+    assert painted["cases"]["kept"] == count and painted["interval"]["kept"] == E.interval(painted["kept"], count)
+    twice = E.evaluate(model_that(monkeypatch, again=lambda i, scene: replace(scene, things=(*scene.things, replace(scene.things[0], cell=free_cell(scene))))), 40)
+    assert twice["kept"] == 1 and twice["reconstruction"] == 0, "an object too many is no object lost"
+
+
+def test_edits_by_kind_and_drawn_at_once(monkeypatch):
+    found = E.evaluate(model_that(monkeypatch, edited=lambda i, after, before, think: after if think and i % 5 != 1 else before), 40)
+    assert found["edit"] == pytest.approx(0.8) and found["edit_direct"] == 0
+    assert [found[f"edit_{kind}"] for kind in D.EDITS] == [1, 0, 1, 1, 1] and found["cases"]["edit_replace"] == 8
+
+
+def test_understanding_by_attribute(monkeypatch):
+    scene = D.Scene("spread", (D.Thing(0, 0, 0), D.Thing(3, 2, 8)), 0)
+    says = lambda text: {name for name, hit in E.attributes(D.parse(text), scene).items() if hit}
+    assert says("a red circle top left and a yellow star bottom right") == {"color", "shape", "count", "arrangement"}
+    assert says("a yellow circle top left and a red star bottom right") == {"shape", "count", "arrangement"}
+    assert says("a red circle top left and a yellow star bottom left") == {"color", "shape", "count"}
+    assert says("a red circle and a yellow star") == {"color", "shape", "count"}, "where they are was not said"
+    assert says("a red circle top left and two yellow stars") == {"color", "shape"}
+    assert says("a red circle top left and a yellow cross bottom right") == {"count"}
+    assert says("nothing that parses") == set()
+    group = D.Scene("group", tuple(D.Thing(1, 1, c) for c in range(3)), 0)
+    assert E.attributes(D.parse("three orange squares"), group) == {"color": True, "shape": True, "count": True}
+    pair = D.Scene("pair", (D.Thing(0, 0, 3), D.Thing(3, 2, 5)), 0)
+    assert E.attributes(D.parse("a red circle left of a yellow star"), pair)["arrangement"] and not E.attributes(D.parse("a red circle right of a yellow star"), pair)["arrangement"]
+    found = E.evaluate(model_that(monkeypatch, caption=lambda s: D.describe(replace(s, things=tuple(replace(t, color=0) for t in s.things)))), 40)
+    assert found["understanding_shape"] == found["understanding_count"] == found["understanding_arrangement"] == 1 and found["understanding_color"] < 0.5
+
+
+def test_broccoli_and_counting_tell_what_is_seen_from_what_is_drawn(monkeypatch):
+    usual = lambda words: next(D.Scene("single", (D.Thing(s, D.USUAL_COLOR[s], 4),), 0) for s, name in enumerate(D.SHAPES) if name in words)
+    found = E.broccoli(model_that(monkeypatch, drawn=usual), 24, 0)
+    assert found["recognized"] == 1 and found["drawn"] == 0 and found["cases"]["drawn"] == 2 * 6 * 7
+    assert found["drawn red circle"] == 1 and found["drawn green circle"] == 0 and found["recognized green circle"] == 1
+    text = E.broccoli_table({"base": [found], "RecA": [found | {"drawn green circle": 0.5}]})
+    assert "| circle | (100 / 100 / 100) | 100 / 0 / 0 | 100 / 0 / 0 | 100 / 0 / 50 |" in text
+    two = lambda words: D.Scene("group", tuple(D.Thing(D.PLURALS.index(words.split()[-1]), 0, c) for c in range(2)), 0)
+    found = E.counts(model_that(monkeypatch, drawn=two, caption=lambda s: "three red stars"), 12, 0)
+    assert [found[f"drawn_{i}"] for i in (2, 3, 4)] == [1, 0, 0] and [found[f"counted_{i}"] for i in (2, 3, 4)] == [0, 1, 0]
+
+
+def test_means_differences_and_open_claims():
+    runs = lambda *values: [{"x": value} for value in values]
+    text = E.markdown({"base": runs(0.5, 0.6, 0.7), "a": runs(0.7, 0.81, 0.9), "b": runs(0.6, 0.8, 1.0), "base 2": runs(0.9, 0.9, 0.9), "c": runs(0.9, 1.0, 0.9)}, ["x", "y"])
+    assert [line.split(" | ")[1] for line in text.splitlines()[2:]] == ["0.600", "0.803 (+0.203 ± 0.014)", "0.800 (+0.200 ± 0.248, open)", "0.900", "0.933 (+0.033 ± 0.143, open)"]
+    assert E.markdown({"base": runs(0.5), "a": runs(0.7)}, ["x"]).splitlines()[-1] == "| a | 0.700 (+0.200) |"
+
+
+FAKE = """
+import json, pathlib, sys
+out = pathlib.Path(sys.argv[sys.argv.index("--out_dir") + 1])
+out.mkdir(parents=True, exist_ok=True)
+(out / "run.json").write_text("{}")
+open("calls", "a").write(" ".join(sys.argv[1:]) + "\\n")
+if pathlib.Path("fail").exists() and out.name == "pixels":
+    sys.exit(3)
+seed = int(out.parent.name[1:])
+scores = {name: {"overall": x + seed / 100, "cases": {"edit_direct": 5}} for name, x in {"pretrain": 0.5, "sft": 0.6, "reca": 0.7}.items()}
+(out / "log.jsonl").write_text('{"stage": "reca", "recon": 0.9}\\n{"stage": "reca", "recon": 0.25}\\n')
+(out / "results.json").write_text(json.dumps(scores))
+"""
+
+
+def test_an_experiment_trains_what_is_not_there_and_goes_on_where_it_stopped(tmp_path, monkeypatch, capfd):
+    (tmp_path / "train.py").write_text(FAKE)
+    (tmp_path / "fail").touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(E, "__file__", str(tmp_path / "evaluate.py"))
+    monkeypatch.setitem(E.EXPERIMENTS, "copy", E.Experiment({"base": "main/pretrain", "pixels": "pixels/reca"}, ["recon_loss", "overall"], picture=None))
+    calls = lambda: Path("calls").read_text().splitlines() if Path("calls").exists() else []
+    start = lambda *more: E.main(["--experiment", "copy", "--seeds", "0", "1", "--n", "5", "--train=--pretrain_steps 7", *more])
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere/results.json").write_text(json.dumps({"pretrain": {"overall": 0.5, "cases": {"edit_direct": 5}}}))
+    (tmp_path / "experiments/s0").mkdir(parents=True)
+    (tmp_path / "experiments/s0/main").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(SystemExit) as end:
+        start()
+    s0, s1 = "experiments/s0", "experiments/s1"
+    assert end.value.code == 3 and not Path("assets/copy.md").exists()
+    assert calls() == [f"--out_dir {s0}/pixels --seed 0 --eval_n 5 --init_from {s0}/main/pretrain.pt --pretrain_steps 7 --stage reca --condition pixels"]
+    Path("fail").unlink()
+    start()
+    assert calls()[1:] == [f"--out_dir {s0}/pixels --resume", f"--out_dir {s1}/main --seed 1 --eval_n 5 --pretrain_steps 7",
+                           f"--out_dir {s1}/pixels --seed 1 --eval_n 5 --init_from {s1}/main/pretrain.pt --pretrain_steps 7 --stage reca --condition pixels"]
+    lines = Path("assets/copy.md").read_text().splitlines()
+    assert lines[0] == "`python evaluate.py --experiment copy --seeds 0 1 --n 5 --train='--pretrain_steps 7'`: seeds 0, 1, 5 cases each"
+    assert lines[2:] == ["|  | recon_loss | overall |", "| --- | --- | --- |", "| base |  | 0.505 |", "| pixels | 0.250 | 0.705 (+0.200 ± 0.000) |"]
+    start()
+    assert len(calls()) == 4, "all was there"
+
+
+def test_scores_are_measured_where_the_run_has_others(tmp_path, monkeypatch):
+    folder, called = tmp_path / "s3/main", []
+    folder.mkdir(parents=True)
+    (folder / "reca.pt").touch()
+    (folder / "results.json").write_text(json.dumps({"reca": {"overall": 0.1, "cases": {"edit_direct": 5}}}))
+    monkeypatch.setattr(E, "load_checkpoint", lambda path, device: str(path))
+    monkeypatch.setattr(E, "evaluate", evaluate := lambda loaded, n, seed: (called.append((loaded, n, seed)), {"overall": 0.2})[1])
+    monkeypatch.setattr(evaluate, "__name__", "evaluate")
+    args = lambda n: SimpleNamespace(out_dir=tmp_path, n=n, device="cpu", encoder="", train="")
+    assert E.scores_of("main/reca", 3, E.evaluate, args(5)) == {"overall": 0.1, "cases": {"edit_direct": 5}} and not called
+    for _ in range(2):
+        assert E.scores_of("main/reca", 3, E.evaluate, args(9))["overall"] == 0.2
+    assert called == [(str(folder / "reca.pt"), 9, 3)], "measured once, then kept"
+    os.utime(folder / "reca.pt", (2e9, 2e9))
+    E.scores_of("main/reca", 3, E.evaluate, args(9))
+    assert len(called) == 2, "of a checkpoint that was trained again"
+
+
+@pytest.mark.parametrize("name", E.EXPERIMENTS)
+def test_every_row_is_a_run_that_train_accepts(name, tmp_path):
+    import train
+    experiment = E.EXPERIMENTS[name]
+    for row in experiment.rows.values():
+        run, checkpoint = row.split("/")
+        options = E.RUNS[run].format(main="x", encoder="clip-b16").split()
+        cfg, _ = train.parse_config(["--out_dir", str(tmp_path / run), *(["--init_from", "x/pretrain.pt"] if "--stage" in options else []), *options])
+        train.check(cfg)
+        assert checkpoint in (["pretrain", "sft", "reca"] if cfg.stage == "all" else [cfg.stage])
+
+
+@pytest.mark.parametrize("line", ["--n 0 | at least 1", "--experiment copy --seeds 1 1 | different seeds", "--experiment copy --seeds 0 1 2 3 4 5 6 7 8 9 10 | one to 10"])
+def test_wrong_numbers_get_a_sentence(line, capsys):
+    options, _, expected = line.partition(" | ")
+    with pytest.raises(SystemExit) as end:
+        E.main((options if "--experiment" in options else options + " --ckpt x.pt").split())
+    assert end.value.code == 2 and expected in capsys.readouterr().err
