@@ -14,7 +14,6 @@ Six categories after GenEval (arXiv 2310.11513), and more:
                one kind; edit_direct: drawn without saying the edited scene first
     understanding   an image's caption is true and complete, in any wording; of pairs of objects (understanding_pairs), and for each attribute by itself:
                understanding_shape, _color, _count, _arrangement (the places or the relation)
-    recognized, drawn  single objects in an unusual color: the color is named in the caption; is drawn
     reconstruction  an image drawn again from its visual words keeps all objects, colors and places. kept: the share of objects whose shape and
                color are found again; kept_places: in the same cell as well; psnr: of the pixels, in dB
 
@@ -32,6 +31,7 @@ import shlex
 import subprocess
 import sys
 from collections import Counter
+from itertools import islice
 from pathlib import Path
 from typing import Callable, NamedTuple
 
@@ -39,7 +39,7 @@ import torch
 from einops import rearrange
 from PIL import Image, ImageDraw, ImageFont
 
-from data import (COLORS, EDITS, GRID, NUMBERS, PLURALS, SHAPES, USUAL_COLOR, Claim, Scene, Shapes, Thing, describe, holds, is_full, parse, random_edit, random_scene, render,
+from data import (COLORS, EDITS, GRID, KINDS, NUMBERS, PLURALS, SHAPES, USUAL_COLOR, Claim, Scene, Shapes, Thing, describe, holds, is_full, parse, random_edit, random_scene, render,
                   sprites, to_grid)
 from sample import caption, edit, image_grid, load_checkpoint, reconstruct, sample_image, text_to_image
 
@@ -118,6 +118,10 @@ def attributes(claim: Claim | None, scene: Scene) -> dict[str, bool]:
     return right
 
 
+def atlas_of(loaded) -> torch.Tensor:
+    return sprites(loaded.model.cfg.image_size // GRID)
+
+
 def draw_scenes(scenes: list[Scene], atlas) -> torch.Tensor:
     """Their true pictures (B, 3, H, W)."""
     return render(torch.tensor([to_grid(s) for s in scenes]), torch.tensor([s.background for s in scenes]), atlas)
@@ -151,7 +155,6 @@ def evaluate(loaded, n: int = 240, seed: int = 0) -> dict:
     for claim, scene in zip(claims, scenes):
         for name, hit in attributes(claim, scene).items():
             hits.setdefault(f"understanding_{name}", []).append(hit)
-    hits["recognized"], hits["drawn"] = unusual(loaded, unusual_scenes(n, seed), test.atlas, seed)[:2]
 
     drawn = reconstruct(model, encoder, images, generator=noise()).cpu()
     again = read_cells(drawn, test.atlas).tolist()
@@ -168,25 +171,6 @@ def evaluate(loaded, n: int = 240, seed: int = 0) -> dict:
     hits |= {f"edit_{kind}": hits["edit"][i:: len(EDITS)] for i, kind in enumerate(EDITS)}
     found = {name: score(row) for name, row in hits.items() if row} | found
     return {"overall": sum(found[c][0] for c in CATEGORIES) / len(CATEGORIES)} | results_of(found)
-
-
-def unusual_scenes(n: int, seed: int) -> list[Scene]:
-    """n single objects in an unusual color."""
-    rng, scenes = random.Random(f"unusual {seed}"), []
-    while len(scenes) < n:
-        scene = random_scene(rng, biased=False, kind="single")
-        if scene.things[0].color != USUAL_COLOR[scene.things[0].shape]:
-            scenes.append(scene)
-    return scenes
-
-
-def unusual(loaded, scenes: list[Scene], atlas, seed: int):
-    """The paper's figure 3, for single objects: whether a caption names the color, whether it is drawn when asked for, and what is drawn."""
-    said = caption(loaded.model, loaded.encoder, loaded.vocabulary, draw_scenes(scenes, atlas))
-    asked = [describe(scene, random.Random(i), 1, 0, 0) for i, scene in enumerate(scenes)]
-    images = text_to_image(loaded.model, loaded.vocabulary, asked, generator=torch.Generator().manual_seed(seed))
-    named = [COLORS[scene.things[0].color] in words.split() for scene, words in zip(scenes, said)]
-    return named, [holds(parse(words), row) for words, row in zip(asked, read_cells(images, atlas).tolist())], images
 
 
 @torch.no_grad()
@@ -273,71 +257,76 @@ def compare_counts(*args) -> None:
     compare(*args, asked=[f"{number} {name}" for name in PLURALS[:2] for number in NUMBERS[1:]])
 
 
-def compare_photographs(checkpoints: list, names: list[str], dataset, path, seed: int = 0, n: int = 16) -> None:
-    """Held-out photographs beside what each checkpoint draws from their visual words; the caption is not read, only shown."""
-    batch = dataset.__getitems__([(0, i * len(dataset) // n) for i in range(n)])
-    groups = [batch["image"]] + [reconstruct(c.model, c.encoder, batch["image"], generator=torch.Generator().manual_seed(seed)).cpu() for c in checkpoints]
-    captions = [checkpoints[0].vocabulary.decode(ids) for ids in batch["caption"].tolist()]
-    save_picture([[group[i: i + 1] for group in groups] for i in range(n)], captions, ["photograph", *(TITLES.get(name, name) for name in names)], path)
+def compare_broccoli(checkpoints: list, names: list[str], path, seed: int = 0, note: str = "") -> None:
+    """Each shape in each color, in a row, as each checkpoint draws it."""
+    groups = [color_test(c, 1, seed)[3].split(len(COLORS)) for c in checkpoints]
+    captions = [f"{shapes} in {', '.join(COLORS)}; usually {COLORS[color]}" for shapes, color in zip(PLURALS, USUAL_COLOR)]
+    save_picture([list(row) for row in zip(*groups)], captions, names, path, note)
+
+
+def redrawn(checkpoints: list, images, seed: int) -> list:
+    """The images, and what each checkpoint draws from their visual words."""
+    return [images] + [reconstruct(c.model, c.encoder, images, generator=torch.Generator().manual_seed(seed)).cpu() for c in checkpoints]
 
 
 def compare_reconstructions(checkpoints: list, names: list[str], path, seed: int = 0, note: str = "") -> None:
-    """The paper's figure 5: four scenes of each kind, and what each checkpoint draws from their visual words."""
-    kinds, rng = ["single", "group", "pair", "spread", "several"], random.Random(f"reconstructions {seed}")
-    images = draw_scenes([random_scene(rng, False, kind) for kind in kinds for _ in range(4)], sprites(checkpoints[0].model.cfg.image_size // GRID))
-    groups = [images] + [reconstruct(c.model, c.encoder, images, generator=torch.Generator().manual_seed(seed)).cpu() for c in checkpoints]
-    save_picture([list(row) for row in zip(*(group.split(4) for group in groups))], kinds, ["input", *names], path, note)
+    """The paper's figure 5: four scenes of each kind."""
+    rng = random.Random(f"reconstructions {seed}")
+    images = draw_scenes([random_scene(rng, False, kind) for kind in KINDS for _ in range(4)], atlas_of(checkpoints[0]))
+    save_picture([list(row) for row in zip(*(group.split(4) for group in redrawn(checkpoints, images, seed)))], list(KINDS), ["input", *names], path, note)
 
 
-def compare_broccoli(checkpoints: list, names: list[str], path, seed: int = 0, note: str = "") -> None:
-    """Each shape in each color, in a row, as each checkpoint draws it."""
-    groups = [unusual(c, every_combination(1, seed), sprites(c.model.cfg.image_size // GRID), seed)[2].split(len(COLORS)) for c in checkpoints]
-    captions = [f"{shapes} in {', '.join(COLORS)}; usually {COLORS[color]}" for shapes, color in zip(PLURALS, USUAL_COLOR)]
-    save_picture([list(row) for row in zip(*groups)], captions, names, path, note)
+def compare_photographs(checkpoints: list, names: list[str], dataset, path, seed: int = 0, n: int = 16) -> None:
+    """Held-out photographs; the caption is not read, only shown."""
+    batch = dataset.__getitems__([(0, i * len(dataset) // n) for i in range(n)])
+    captions = [checkpoints[0].vocabulary.decode(ids) for ids in batch["caption"].tolist()]
+    rows = zip(*(group.split(1) for group in redrawn(checkpoints, batch["image"], seed)))
+    save_picture([list(row) for row in rows], captions, ["photograph", *(TITLES.get(name, name) for name in names)], path)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Experiments: which runs of train.py, which of their checkpoints, which scores
 
 
-def every_combination(k: int, seed: int) -> list[Scene]:
-    """k single objects of each shape and color, shape by shape."""
-    rng = random.Random(f"combinations {seed}")
-    return [Scene("single", (Thing(shape, color, rng.randrange(GRID * GRID)),), rng.randrange(2)) for shape in range(len(SHAPES)) for color in range(len(COLORS)) for _ in range(k)]
+def color_test(loaded, k: int, seed: int):
+    """The paper's figure 3, k objects of each shape and color, shape by shape: the objects, whether a caption names the color, whether it is drawn when
+    asked for, and the images drawn."""
+    rng, atlas = random.Random(f"combinations {seed}"), atlas_of(loaded)
+    things = [Thing(shape, color, rng.randrange(GRID * GRID)) for shape in range(len(SHAPES)) for color in range(len(COLORS)) for _ in range(k)]
+    said = caption(loaded.model, loaded.encoder, loaded.vocabulary, draw_scenes(scenes := [Scene("single", (thing,), rng.randrange(2)) for thing in things], atlas))
+    asked = [describe(scene, rng, 1, 0, 0) for scene in scenes]
+    images = text_to_image(loaded.model, loaded.vocabulary, asked, generator=torch.Generator().manual_seed(seed))
+    named = [COLORS[thing.color] in words.split() for thing, words in zip(things, said)]
+    return things, named, [holds(parse(words), row) for words, row in zip(asked, read_cells(images, atlas).tolist())], images
 
 
 def broccoli(loaded, n: int, seed: int) -> dict:
-    """n / 12 objects of each shape and color: how many are recognized and drawn, of the unusual ones, and of each ("drawn green star")."""
-    scenes, found = every_combination(k := max(1, n // 12), seed), {}
-    for name, hits in zip(("recognized", "drawn"), unusual(loaded, scenes, sprites(loaded.model.cfg.image_size // GRID), seed)):
-        found[name] = score([hit for hit, scene in zip(hits, scenes) if scene.things[0].color != USUAL_COLOR[scene.things[0].shape]])
-        for i, (thing,) in enumerate(scene.things for scene in scenes[::k]):
-            found[f"{name} {COLORS[thing.color]} {SHAPES[thing.shape]}"] = score(hits[i * k: i * k + k])
+    """n / 12 objects of each shape and color: the share recognized and drawn, of those in an unusual color, and of each ("drawn green star")."""
+    things, *both, _ = color_test(loaded, k := max(1, n // 12), seed)
+    found = {}
+    for name, hits in zip(("recognized", "drawn"), both):
+        found[name] = score([hit for hit, thing in zip(hits, things) if thing.color != USUAL_COLOR[thing.shape]])
+        found |= {f"{name} {COLORS[thing.color]} {SHAPES[thing.shape]}": score(hits[i * k: i * k + k]) for i, thing in enumerate(things[::k])}
     return results_of(found)
 
 
 def broccoli_table(rows: dict) -> str:
-    """Percent recognized by the first row's checkpoint / drawn by it / drawn by the last row's."""
-    first, *_, last = rows.values()
-    percent = lambda runs, name: f"{100 * sum(run[name] for run in runs) / len(runs):.0f}"
-    cell = lambda what: " / ".join((percent(first, f"recognized {what}"), percent(first, f"drawn {what}"), percent(last, f"drawn {what}")))
-    lines = [["", *COLORS], ["---"] * (1 + len(COLORS))]
-    lines += [[name, *(f"({cell(f'{color} {name}')})" if i == usual else cell(f"{color} {name}") for i, color in enumerate(COLORS))] for name, usual in zip(SHAPES, USUAL_COLOR)]
-    titles = list(rows)
-    return f"\nPercent recognized by {titles[0]} / drawn by {titles[0]} / drawn by {titles[-1]}; the usual color in brackets:\n\n" + "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    """Percent, by shape and color: recognized by the first row's checkpoint / drawn by it / drawn by the last row's."""
+    (base, first), *_, (title, last) = rows.items()
+    cell = lambda what: " / ".join(f"{100 * sum(run[f'{how} {what}'] for run in runs) / len(runs):.0f}" for how, runs in (("recognized", first), ("drawn", first), ("drawn", last)))
+    lines = [[name, *(f"({cell(f'{color} {name}')})" if i == usual else cell(f"{color} {name}") for i, color in enumerate(COLORS))] for name, usual in zip(SHAPES, USUAL_COLOR)]
+    return f"\nPercent recognized by {base} / drawn by {base} / drawn by {title}; the usual color in brackets:\n\n" + pipes(["", *COLORS], lines)
 
 
 def counts(loaded, n: int, seed: int) -> dict:
     """Groups of two, three and four: drawn when asked for, and counted right in captions."""
-    found, rng, atlas = {}, random.Random(f"counts {seed}"), sprites(loaded.model.cfg.image_size // GRID)
+    found, rng, atlas = {}, random.Random(f"counts {seed}"), atlas_of(loaded)
     for number in (2, 3, 4):
         asked = [f"{NUMBERS[number - 1]} {PLURALS[i % len(PLURALS)]}" for i in range(n)]
         cells = read_cells(text_to_image(loaded.model, loaded.vocabulary, asked, generator=torch.Generator().manual_seed(seed)), atlas).tolist()
         found[f"drawn_{number}"] = score([holds(parse(words), row) for words, row in zip(asked, cells)])
-        scenes = []
-        while len(scenes) < n:
-            scene = random_scene(rng, False, "group")
-            scenes += [scene] if len(scene.things) == number else []
+        groups = (scene for scene in iter(lambda: random_scene(rng, False, "group"), None) if len(scene.things) == number)
+        scenes = list(islice(groups, n))
         said = caption(loaded.model, loaded.encoder, loaded.vocabulary, draw_scenes(scenes, atlas))
         found[f"counted_{number}"] = score([attributes(parse(words), scene)["count"] for words, scene in zip(said, scenes)])
     return results_of(found)
@@ -423,7 +412,7 @@ def scores_of(row: str, seed: int, measure: Callable, args) -> dict:
 def markdown(rows: dict[str, list[dict]], columns: list[str]) -> str:
     """{title: scores by seed} -> a table: means over seeds and, in brackets, the difference to the base with its 95% t-interval over seeds, paired by
     seed; "open" where that touches zero."""
-    lines, base = [["", *columns], ["---"] * (1 + len(columns))], None
+    lines, base = [], None
     for title, runs in rows.items():
         lines.append([title])
         for column in columns:
@@ -435,7 +424,11 @@ def markdown(rows: dict[str, list[dict]], columns: list[str]) -> str:
                 text += f" ({gain.mean():+.3f}" + ("" if half is None else f" ± {half:.3f}" + ", open" * (half >= abs(gain.mean().item()))) + ")"
             lines[-1].append(text)
         base = runs if base is None or title.startswith("base") else base
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return pipes(["", *columns], lines)
+
+
+def pipes(head: list[str], lines: list[list[str]]) -> str:
+    return "".join(f"| {' | '.join(line)} |\n" for line in [head, ["---"] * len(head), *lines])
 
 
 def experiment(name: str, args) -> None:
