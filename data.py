@@ -664,14 +664,15 @@ def keys(size: int, batch_size: int, seed: int, start: int = 0, rank: int = 0, w
 
 
 def make_loader(dataset: Dataset, batches_of_keys, workers: int) -> DataLoader:
-    return DataLoader(dataset, batch_sampler=batches_of_keys, num_workers=workers, prefetch_factor=4 if workers else None, worker_init_fn=_leave_ctrl_c,
+    return DataLoader(dataset, batch_sampler=batches_of_keys, num_workers=workers, prefetch_factor=4 if workers else None, worker_init_fn=_let_the_main_process_save,
                       collate_fn=dict,  # `__getitems__` has made a whole batch
                       pin_memory=torch.cuda.is_available(),
                       generator=torch.Generator())  # its base seed must not move the global generator: a resumed run restores that
 
 
-def _leave_ctrl_c(worker: int):
+def _let_the_main_process_save(worker: int):
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process saves first; workers end with it
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(30))  # a cluster sends this one to every process
 
 
 def batches(dataset: Dataset, batch_size: int, seed: int, start: int = 0, workers: int = 0, bad_file: str = "", rank: int = 0, world: int = 1, images: int = 0):

@@ -91,11 +91,12 @@ class Config:
     batch_size: int = option(32, "images a step")
     draws: int = option(2, "how often each image of a step is noised or masked: draws share their prefix")
     understand_batch: int = option(32, "images a step of the understanding side: stages encoder and align")
-    side_batch: int = option(8, "images a step of each further term: t2t, i2t, replay")
+    side_batch: int = option(8, "images a step of each language term: t2t, i2t")
+    replay_batch: int = option(16, "pre-training pairs a step that sft and reca replay")
     encoder_steps: int = option(800, "steps of the encoder stage")
     pretrain_steps: int = option(3000, "steps of the pretrain stage")
     align_steps: int = option(250, "steps of the align stage")
-    reca_steps: int = option(1000, "steps of the reca stage, and of sft")
+    reca_steps: int = option(1300, "steps of the reca stage, and of sft")
     encoder_lr: float = option(2e-3, "peak learning rate of the encoder stage")
     pretrain_lr: float = option(3e-3, "peak learning rate of the pretrain stage")
     align_lr: float = option(1e-3, "peak learning rate of the align stage")
@@ -178,7 +179,7 @@ def check(cfg: Config) -> None:
             if not right(getattr(cfg, name)):
                 fail(f"--{name} is {getattr(cfg, name)}, it must be {what}")
 
-    each("image_size patch_size width depth heads batch_size draws understand_batch side_batch accumulate keep log_every save_every eval_n", lambda n: n >= 1, "at least 1")
+    each("image_size patch_size width depth heads batch_size draws understand_batch side_batch replay_batch accumulate keep log_every save_every eval_n", lambda n: n >= 1, "at least 1")
     each("encoder_steps pretrain_steps align_steps reca_steps warmup encoder_size images visual_words", lambda n: n >= 0, "at least 0")
     each("encoder_lr pretrain_lr align_lr reca_lr grad_clip", lambda x: 0 < x < math.inf, "a positive number")
     each("t2t i2t replay words weight_decay", lambda x: 0 <= x < math.inf, "a number, at least 0")
@@ -186,7 +187,7 @@ def check(cfg: Config) -> None:
     each("ema drop", lambda x: 0 <= x < 1, "in [0, 1)")
     each("workers", lambda n: n >= -1, "-1 or more")
     each("seed", lambda n: 0 <= n < 2 ** 32, "at least 0 and below 2^32")
-    each("batch_size understand_batch side_batch", lambda n: n % (WORLD * cfg.accumulate) == 0, f"a multiple of {WORLD} processes x --accumulate {cfg.accumulate}")
+    each("batch_size understand_batch side_batch replay_batch", lambda n: n % (WORLD * cfg.accumulate) == 0, f"a multiple of {WORLD} processes x --accumulate {cfg.accumulate}")
     each("image_size", lambda n: n % cfg.patch_size == 0, f"a multiple of --patch_size {cfg.patch_size}")
     each("width", lambda n: n % cfg.heads == 0, f"a multiple of --heads {cfg.heads}")
     if cfg.paradigm in ("ar", "mask"):
@@ -288,7 +289,7 @@ BATCHES = {
     "encoder": {"main": ("pretrain", "batch_size"), "understand": ("understand", "understand_batch")},
     "pretrain": {"main": ("pretrain", "batch_size"), "understand": ("understand", "side_batch")},
     "align": {"understand": ("understand", "understand_batch")},
-    "sft": {"main": ("reca", "batch_size"), "understand": ("understand", "side_batch"), "replay": ("pretrain", "side_batch")},
+    "sft": {"main": ("reca", "batch_size"), "understand": ("understand", "side_batch"), "replay": ("pretrain", "replay_batch")},
 }
 BATCHES["reca"] = BATCHES["sft"]
 

@@ -228,7 +228,7 @@ def test_losses_and_gradients_are_those_of_the_encoder(folder):
 def test_train_runs_on_cached_features_and_exits_with_2_where_there_is_no_room(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(data.Shapes, "SPLITS", {name: 12 for name in data.Shapes.SPLITS})
     monkeypatch.setattr(train, "report", lambda *args: None)
-    arguments = ("--width 16 --depth 1 --heads 2 --image_size 24 --patch_size 8 --batch_size 4 --side_batch 2 --draws 2 --encoder_steps 2 --pretrain_steps 2 "
+    arguments = ("--width 16 --depth 1 --heads 2 --image_size 24 --patch_size 8 --batch_size 4 --side_batch 2 --replay_batch 2 --draws 2 --encoder_steps 2 --pretrain_steps 2 "
                  "--align_steps 2 --reca_steps 3 --warmup 1 --device cpu --cache_features").split() + ["--cache_dir", str(tmp_path / "cache")]
     train.main([*arguments, "--out_dir", str(tmp_path / "out")])
     assert len(list((tmp_path / "cache").iterdir())) == 2, "understand's and reca's"

@@ -26,7 +26,7 @@ from torch import nn
 import train
 
 ROOT = Path(train.__file__).parent
-TINY = ("--width 16 --depth 1 --heads 2 --image_size 24 --patch_size 8 --batch_size 4 --understand_batch 4 --side_batch 2 --draws 2 --encoder_steps 6 --pretrain_steps 14 "
+TINY = ("--width 16 --depth 1 --heads 2 --image_size 24 --patch_size 8 --batch_size 4 --understand_batch 4 --side_batch 2 --replay_batch 2 --draws 2 --encoder_steps 6 --pretrain_steps 14 "
         "--align_steps 6 --reca_steps 8 --eval_n 2 --warmup 2 --log_every 4 --save_every 3 --device cpu").split()
 
 
@@ -528,7 +528,7 @@ class Squares(nn.Module):
 def test_accumulated_parts_are_one_batch(tmp_path):
     x, ends = torch.randn(12, 3), []
     for parts in (1, 2, 3):
-        _, cfg, policy = toy(tmp_path, "--batch_size", 12, "--side_batch", 12, "--understand_batch", 12, "--accumulate", parts)
+        _, cfg, policy = toy(tmp_path, "--batch_size", 12, "--side_batch", 12, "--replay_batch", 12, "--understand_batch", 12, "--accumulate", parts)
         core = Squares()
         optimizers = train.make_optimizers({"w": core.w}, cfg)
         said = train.update(core, {"main": {"x": x}}, optimizers, policy.scaler(), policy, cfg)
