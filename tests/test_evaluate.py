@@ -302,6 +302,8 @@ def test_every_row_is_a_run_that_train_accepts(name, tmp_path):
         options = E.RUNS[run].format(main="x", encoder="clip-b16").split()
         cfg, _ = train.parse_config(["--out_dir", str(tmp_path / run), *(["--init_from", "x/pretrain.pt"] if "--stage" in options else []), *options])
         train.check(cfg)
+        assert not options or any(getattr(cfg, word[2:]) != getattr(train.Config(), word[2:]) for word in options if word.startswith("--") and word not in ("--stage", "--init_from")) or \
+            run in ("reca_sft", "sft_reca", "reca_reca"), f"{run} is the recipe itself"
         assert checkpoint in (["pretrain", "sft", "reca"] if cfg.stage == "all" else [cfg.stage])
 
 
