@@ -341,7 +341,7 @@ RUNS = {
     "features": "--stage reca --condition features", "pixels": "--stage reca --condition pixels",
     "sft_own": "--stage sft --captions own", "sft_dense": "--stage sft --captions dense",
     "reca_sft": "--stage sft --init_from {main}/reca.pt", "sft_reca": "--stage reca --init_from {main}/sft.pt", "reca_reca": "--stage reca --init_from {main}/reca.pt",
-    "random": "--encoder random --align_steps 1050", "clip": "--encoder {encoder} --encoder_size 96 --align_steps 1050",
+    "random": "--encoder random --align_steps 950", "clip": "--encoder {encoder} --encoder_size 96 --align_steps 950",
 } | {option[2:].replace(" ", "_"): f"--stage reca {option}" for option in ABLATIONS}
 
 

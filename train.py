@@ -93,10 +93,10 @@ class Config:
     understand_batch: int = option(32, "images a step of the understanding side: stages encoder and align")
     side_batch: int = option(8, "images a step of each language term: t2t, i2t")
     replay_batch: int = option(16, "pre-training pairs a step that sft and reca replay")
-    encoder_steps: int = option(800, "steps of the encoder stage")
-    pretrain_steps: int = option(3000, "steps of the pretrain stage")
+    encoder_steps: int = option(700, "steps of the encoder stage")
+    pretrain_steps: int = option(2800, "steps of the pretrain stage")
     align_steps: int = option(250, "steps of the align stage")
-    reca_steps: int = option(1300, "steps of the reca stage, and of sft")
+    reca_steps: int = option(1000, "steps of the reca stage, and of sft")
     encoder_lr: float = option(2e-3, "peak learning rate of the encoder stage")
     pretrain_lr: float = option(3e-3, "peak learning rate of the pretrain stage")
     align_lr: float = option(1e-3, "peak learning rate of the align stage")
@@ -125,7 +125,7 @@ class Config:
     save_every: int = option(500, "steps between states to resume from")
     keep: int = option(2, "newest states to keep")
     log_every: int = option(50, "steps between log lines")
-    eval_n: int = option(96, "prompts of each category in the report")
+    eval_n: int = option(64, "prompts of each category in the report")
 
 
 PHOTOS = dict(image_size=64, patch_size=8, width=384, depth=12, heads=6, text_len=33, encoder="clip-b16", pretrain_lr=1e-3, reca_lr=2e-4, eval_n=1000)
