@@ -162,6 +162,7 @@ def guided(how, look, *inputs):
 def sample_image(model, prefix, generator=None, **options):
     """Prefixes (B, T, D) -> images (B, 3, H, W) in [0, 1], at most MAX_BATCH at a time. options: fields of Sampling, None for the default."""
     sampler, how = IMAGE_SAMPLER[model.cfg.paradigm]
+    how = replace(how, renew=min(how.renew, model.cfg.renew))
     how = replace(how, **{name: value for name, value in options.items() if value is not None})
     return torch.cat([sampler(model, chunk, how, generator) for chunk in prefix.split(MAX_BATCH)])
 
@@ -312,7 +313,7 @@ class Parser(argparse.ArgumentParser):
 def parse_args(argv):
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--ckpt", required=True, help="checkpoint of train.py")
-    parser.add_argument("--prompt", help="what to draw, or what to add to --edit's images")
+    parser.add_argument("--prompt", help="what to draw, or the instruction of --edit")
     for name, text in {"reconstruct": "to see and draw again", "edit": "to change as --prompt says", "caption": "to describe"}.items():
         parser.add_argument(f"--{name}", nargs="+", metavar="IMG", help=f"images {text}")
     parser.add_argument("--out", default="grid.png", help="where the picture goes")

@@ -312,3 +312,13 @@ def test_grids_are_sharp_and_captioned():
     places = pixels.unfold(1, 30, 1).unfold(2, 24, 1)  # (3, rows, columns, 30, 24)
     assert ((places - block[:, None, None]).abs().amax((0, 3, 4)) < 0.003).sum() == 2, "every pixel of the image is a 6 x 6 square, in both rows"
     assert S.image_grid([base]).width < S.image_grid([base], ["a very long caption that is wider than its two small images"]).width
+
+
+def test_a_model_of_photographs_keeps_its_noise_unless_told(monkeypatch):
+    seen = []
+    monkeypatch.setitem(S.IMAGE_SAMPLER, "flow", (lambda model, prefix, how, generator: seen.append(how.renew) or torch.zeros(len(prefix), 3, 2, 2), S.IMAGE_SAMPLER["flow"][1]))
+    model = small()
+    for of_model, told in ((1.0, None), (0.0, None), (0.0, 0.5)):
+        model.cfg.renew = of_model
+        S.sample_image(model, torch.zeros(2, 1, 1), renew=told)
+    assert seen == [1.0, 0.0, 0.5]
