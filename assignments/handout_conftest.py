@@ -21,19 +21,30 @@ def function_of(item):
     return f"{item.path.name}::{getattr(item, 'originalname', item.name)}"
 
 
+def pytest_configure(config):
+    """config.tests: the tests, `file.py::function`, of the blank that --blank names, or None."""
+    wanted = config.getoption("--blank")
+    chosen = [b for b in BLANKS if wanted and b["name"].endswith(wanted)]
+    if wanted and not chosen:
+        raise pytest.UsageError(f"no blank {wanted}; there are: {', '.join(b['name'] for b in BLANKS)}")
+    config.tests = {test for b in chosen for test in b["tests"]} or None
+
+
+def pytest_ignore_collect(collection_path, config):
+    if config.tests and collection_path.suffix == ".py" and collection_path.name not in {test.split("::")[0] for test in config.tests}:
+        return True  # a file that is not imported costs no time
+
+
 def pytest_collection_modifyitems(config, items):
-    if wanted := config.getoption("--blank"):
-        chosen = [b for b in BLANKS if b["name"].endswith(wanted)]
-        if not chosen:
-            raise pytest.UsageError(f"no blank {wanted}; there are: {', '.join(b['name'] for b in BLANKS)}")
-        items[:] = [item for item in items if any(function_of(item) in b["tests"] for b in chosen)]
+    if config.tests:
+        items[:] = [item for item in items if function_of(item) in config.tests]
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item, call):
     report = yield
     if call.excinfo and report.failed:
-        said = f"{call.excinfo.value}"  # torch.compile and a command of its own wrap the error, but repeat it
+        said = call.excinfo.exconly(tryshort=True)  # torch.compile and a command of its own wrap the error, but repeat it
         for blank in BLANKS:
             if blank["equation"] in said and (call.excinfo.errisinstance(NotImplementedError) or function_of(item) not in OWN):
                 if function_of(item) not in OWN:
@@ -41,10 +52,7 @@ def pytest_runtest_makereport(item, call):
                 else:
                     report.longrepr = f"{blank['name']} is still blank: {blank['equation']}"
     if LOG and report.when == "call" or LOG and report.outcome != "passed":
-        message = ""
-        if call.excinfo:
-            message = f"{call.excinfo.typename}: {call.excinfo.value}"
-        log(report.outcome, item, message)
+        log(report.outcome, item, call.excinfo.exconly() if call.excinfo else "")
     return report
 
 

@@ -1,4 +1,5 @@
 """Laws that the blanks of assignments/ have to obey, where the other tests would let a plausible mistake pass."""
+import importlib
 import os
 import sys
 from types import SimpleNamespace
@@ -8,15 +9,31 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, os.path.join(os.path.dirname(__file__), ".."))
-import encoder as E  # noqa: E402
-import model as M  # noqa: E402
-import recon_loss as R  # noqa: E402
-import sample as S  # noqa: E402
 
 B, T, N, V = 2, 7, 9, 13
 
 
-def small(**changes):
+@pytest.fixture
+def E():  # each file is imported by the tests that need it: they start sooner, and a file that cannot be imported fails its own tests alone
+    return importlib.import_module("encoder")
+
+
+@pytest.fixture
+def M():
+    return importlib.import_module("model")
+
+
+@pytest.fixture
+def R():
+    return importlib.import_module("recon_loss")
+
+
+@pytest.fixture
+def S():
+    return importlib.import_module("sample")
+
+
+def small(M, **changes):
     """All weights random, all sizes different."""
     torch.manual_seed(0)
     cfg = dict(vocab_size=V, text_len=T, image_size=12, patch_size=4, width=24, depth=2, heads=3, encoder_width=10, connector_depth=2)
@@ -33,7 +50,7 @@ def close(a, b, what, atol=1e-5):
 # -- 1: the encoder
 
 
-def vit(**changes):
+def vit(E, **changes):
     torch.manual_seed(0)
     cfg = dict(image_size=12, patch_size=4, width=20, depth=0, heads=5, mlp_width=8)
     encoder = E.ViT(E.ViTConfig(**{**cfg, **changes}))
@@ -43,7 +60,7 @@ def vit(**changes):
 
 
 @torch.no_grad()
-def test_encoder_attention_is_torchs():
+def test_encoder_attention_is_torchs(E):
     torch.manual_seed(0)
     ours, x = E.Attention(20, 5, True), torch.randn(2, 7, 20)
     theirs = torch.nn.MultiheadAttention(20, 5, batch_first=True)
@@ -53,8 +70,8 @@ def test_encoder_attention_is_torchs():
 
 
 @torch.no_grad()
-def test_without_blocks_the_encoder_is_its_patch_embedding():
-    encoder, images = vit(registers=2), torch.rand(2, 3, 12, 8)
+def test_without_blocks_the_encoder_is_its_patch_embedding(E):
+    encoder, images = vit(E, registers=2), torch.rand(2, 3, 12, 8)
     tokens = []
     encoder.norm = torch.nn.Identity()
     encoder.position_embeddings = lambda rows, cols: tokens.append((rows, cols)) or torch.arange(rows * cols).float()[:, None].expand(-1, 20)
@@ -66,8 +83,8 @@ def test_without_blocks_the_encoder_is_its_patch_embedding():
     close(features.cls_token, encoder.prefix_tokens[0].expand(2, -1), "the class token comes first, then the registers, then the patches")
 
 
-def test_positions_resize_as_the_publisher_does():
-    encoder = vit(pos_resize="antialias", image_size=16)
+def test_positions_resize_as_the_publisher_does(E):
+    encoder = vit(E, pos_resize="antialias", image_size=16)
     grid = encoder.pos_embed.detach().view(4, 4, 20).permute(2, 0, 1)[None]
     expected = F.interpolate(grid, (2, 3), mode="bicubic", antialias=True)[0].flatten(1).T
     close(encoder.position_embeddings(2, 3), expected, "4 x 4 positions resized to 2 rows and 3 columns")
@@ -76,7 +93,7 @@ def test_positions_resize_as_the_publisher_does():
     assert encoder.pos_embed.grad is not None, "resized positions learn too"
 
 
-def test_rename_is_one_to_one():
+def test_rename_is_one_to_one(E):
     one, two = torch.ones(1), torch.ones(2)
     named = E.rename({"vision_model.encoder.layers.1.self_attn.q_proj.weight": one, "visual_projection.weight": two, "text_model.a.weight": one,
                       "logit_scale": one, "vision_model.unheard.of": two, "vision_model.embeddings.class_embedding": one})
@@ -90,7 +107,7 @@ def test_rename_is_one_to_one():
 
 
 @torch.no_grad()
-def test_attention_is_torchs_multi_head_attention():
+def test_attention_is_torchs_multi_head_attention(M):
     torch.manual_seed(0)
     ours, x, mask = M.Attention(12, 3), torch.randn(2, 5, 12), torch.ones(5, 5, dtype=torch.bool).tril()
     q, (k, v) = ours.q_proj.weight, ours.kv_proj.weight.chunk(2)
@@ -101,7 +118,7 @@ def test_attention_is_torchs_multi_head_attention():
 
 
 @torch.no_grad()
-def test_cross_attention_reads_its_context():
+def test_cross_attention_reads_its_context(M):
     torch.manual_seed(0)
     ours, x, context = M.Attention(12, 3, 8), torch.randn(2, 5, 12), torch.randn(2, 4, 8)
     k, v = ours.kv_proj(context).chunk(2, -1)
@@ -111,7 +128,7 @@ def test_cross_attention_reads_its_context():
 
 
 @pytest.mark.parametrize("causal", [False, True])
-def test_prefix_mask_row_by_row(causal):
+def test_prefix_mask_row_by_row(M, causal):
     mask = M.prefix_mask(3, 4, 2, causal, "cpu")
     assert mask.shape == (11, 11) and mask.dtype == torch.bool
     for i in range(11):
@@ -124,8 +141,8 @@ def test_prefix_mask_row_by_row(causal):
 
 
 @torch.no_grad()
-def test_image_positions_are_added_once():
-    model, prefix, image, seen = small(), torch.randn(B, T, 24), torch.randn(B, N, 24), []
+def test_image_positions_are_added_once(M):
+    model, prefix, image, seen = small(M), torch.randn(B, T, 24), torch.randn(B, N, 24), []
     model.image.embed, model.image.head = lambda model, x: x, lambda model, h: h
     model.trunk = lambda x, mask=None, cache=None: seen.append(x) or x
     close(model.predict_image(prefix, image), image + model.places(), "image positions are what they hold plus their places, once")
@@ -133,8 +150,8 @@ def test_image_positions_are_added_once():
 
 
 @torch.no_grad()
-def test_text_logits_start_at_the_last_word_of_the_prefix():
-    model, prefix, ids = small(), torch.randn(B, T, 24), torch.randint(V, (B, 3))
+def test_text_logits_start_at_the_last_word_of_the_prefix(M):
+    model, prefix, ids = small(M), torch.randn(B, T, 24), torch.randint(V, (B, 3))
     logits = model.text_logits(prefix, ids)
     assert logits.shape == (B, 4, V), f"one row of logits for each word and one for the next: (B, S + 1, V), not {tuple(logits.shape)}"
     close(logits[:, :1], model.text_logits(prefix), "the first row is what follows the prefix alone")
@@ -145,14 +162,14 @@ def test_text_logits_start_at_the_last_word_of_the_prefix():
 # -- 3: flow
 
 
-def test_velocity_error_by_hand():
+def test_velocity_error_by_hand(R):
     x, x_pred = torch.zeros(1, 2, 3), torch.full((1, 2, 3), 0.3)
     close(R.velocity_error(x_pred, x, torch.full((1, 1, 1), 0.5)), torch.full((1, 2, 3), 0.36), "(0.3 / (1 - 0.5))^2, element by element")
     close(R.velocity_error(x_pred, x, torch.full((1, 1, 1), 0.97)), torch.full((1, 2, 3), 0.09 / R.MIN_ONE_MINUS_T ** 2), "1 - t is kept at its least value")
 
 
-def test_flow_loss_shows_the_model_what_it_says(monkeypatch):
-    model, images, calls = small(noise_scale=3.0), torch.rand(B, 3, 12, 12), []
+def test_flow_loss_shows_the_model_what_it_says(M, R, monkeypatch):
+    model, images, calls = small(M, noise_scale=3.0), torch.rand(B, 3, 12, 12), []
     x = M.patchify(images, 4)
     monkeypatch.setattr(R, "noised", lambda *args: calls.append(args) or (x + 7, torch.full((B, 1, 1), 0.25)))
     model.predict_image = lambda *args: calls.append(args) or x + 0.3
@@ -164,7 +181,7 @@ def test_flow_loss_shows_the_model_what_it_says(monkeypatch):
     assert prefix == "prefix" and torch.equal(x_t, x + 7) and torch.equal(t, torch.full((B,), 0.25)), "the model sees x_t and t (B,), never the image"
 
 
-def test_guidance_goes_from_none_to_the_condition_and_beyond():
+def test_guidance_goes_from_none_to_the_condition_and_beyond(S):
     cond, uncond, asked = torch.randn(B, 5), torch.randn(B, 5), []
 
     def look(x):
@@ -183,8 +200,8 @@ def test_guidance_goes_from_none_to_the_condition_and_beyond():
 
 
 @torch.no_grad()
-def test_connector_reads_its_patches():
-    model = small()
+def test_connector_reads_its_patches(M):
+    model = small(M)
     connector, patches, seen = model.connector, torch.randn(B, 5, 10) * 3, []
     for block in connector.blocks:
         block.register_forward_hook(lambda block, args, kwargs, out: seen.append((args[0], kwargs.get("context"))), with_kwargs=True)
@@ -203,8 +220,8 @@ def test_connector_reads_its_patches():
 
 
 @torch.no_grad()
-def test_visual_words_are_expected_embeddings():
-    model, words = small(paradigm="mask", code_levels=(3, 2), code_stride=4, code_width=8), torch.rand(B, T - 1, V).softmax(-1)
+def test_visual_words_are_expected_embeddings(M):
+    model, words = small(M, paradigm="mask", code_levels=(3, 2), code_stride=4, code_width=8), torch.rand(B, T - 1, V).softmax(-1)
     prefix = model.visual_prefix(words)
     assert prefix.shape == (B, T, 24), f"<bos> and K words: (B, K + 1, D), not {tuple(prefix.shape)}"
     close(prefix[:, 0], model.wte.weight[1].expand(B, -1), "<bos> is word 1, without any position")
@@ -212,8 +229,8 @@ def test_visual_words_are_expected_embeddings():
     close(prefix[:, 1:], expected, "sum over words of p(word) times its embedding; codes are no words")
 
 
-def test_seeing_trains_the_connector_and_never_the_encoder():
-    model, proj, sizes = small(encoder_size=18), torch.nn.Linear(48, 10), []
+def test_seeing_trains_the_connector_and_never_the_encoder(M, R):
+    model, proj, sizes = small(M, encoder_size=18), torch.nn.Linear(48, 10), []
 
     class Encoder(torch.nn.Module):
         def forward(self, images):
