@@ -28,6 +28,7 @@ from make import TITLES, Blank, blanks_of, make
 
 MAX_SOURCE = 1_000_000      # bytes of a submitted file
 MAX_WRITTEN = 16_000_000    # bytes of any file that a test writes, its output included
+PR_SET_PDEATHSIG = 1        # Linux: a signal for the child when we end
 PR_SET_CHILD_SUBREAPER = 36  # Linux: whoever loses its parent becomes ours, so that we can end it
 STARTING = "before its first test, while the file was imported"
 
@@ -52,28 +53,35 @@ def take(submission: Path, copy: Path, blanks: list[Blank]) -> dict[str, str]:
     return wrong
 
 
-def descendants() -> list[int]:
-    """Processes whose parent, or its parent, ... is this one (Linux; elsewhere none)."""
-    parents = {}
+def prctl(*args: int) -> None:
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(*args, 0, 0, 0)
+
+
+def descendants() -> dict[int, int]:
+    """Processes whose parent, or its parent, ... is this one, and the group of each (Linux; elsewhere none)."""
+    parents, groups = {}, {}
     for entry in Path("/proc").glob("[0-9]*/stat"):
         try:
-            parents[int(entry.parent.name)] = int(entry.read_text(errors="replace").rpartition(")")[2].split()[1])
+            pid, after_name = int(entry.parent.name), entry.read_text(errors="replace").rpartition(")")[2].split()
+            parents[pid], groups[pid] = int(after_name[1]), int(after_name[2])
         except (OSError, ValueError, IndexError):
             pass  # it has ended meanwhile
     found = {os.getpid()}
     while more := {pid for pid, parent in parents.items() if parent in found} - found:
         found |= more
-    return sorted(found - {os.getpid()})
+    return {pid: groups[pid] for pid in found - {os.getpid()}}
 
 
-def end(group: int, before: set[int]) -> None:
-    """Ends the process group, and whatever of its children left the group."""
-    try:
-        os.killpg(group, signal.SIGKILL)
-    except (ProcessLookupError, PermissionError):
-        pass
-    for _ in range(50):  # one that forks while we look is found the next time
-        left = [pid for pid in descendants() if pid not in before]
+def end(group: int, before: dict[int, int]) -> None:
+    """Ends the process group, and the groups that its children made."""
+    for _ in range(50):  # one that forks while we look is found the next time; a whole group ends at once, so that nobody can outrun it
+        left = {pid: its for pid, its in descendants().items() if pid not in before}
+        for target in {group, *left.values()} - {os.getpgrp()}:
+            try:
+                os.killpg(target, signal.SIGKILL)
+            except (ProcessLookupError, PermissionError):
+                pass
         if not left:
             return
         for pid in left:
@@ -88,6 +96,7 @@ def end(group: int, before: set[int]) -> None:
 def limits(seconds: int, memory: int):
     """Runs in the child before Python starts there."""
     def set_them():
+        prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))  # what it may write to; torch maps far more than it uses
         resource.setrlimit(resource.RLIMIT_FSIZE, (MAX_WRITTEN, MAX_WRITTEN))
         resource.setrlimit(resource.RLIMIT_CPU, (4 * seconds, 4 * seconds))
@@ -99,7 +108,7 @@ def limits(seconds: int, memory: int):
 
 def run_once(copy: Path, tests: list[str], seconds: float, memory: int) -> tuple[list[dict], str]:
     """One pytest process over some tests: what the conftest wrote of each, and how the process ended ("" if by itself)."""
-    log, output, before = copy / "grade.log", copy / "output.txt", set(descendants())
+    log, output, before = copy / "grade.log", copy / "output.txt", descendants()
     log.unlink(missing_ok=True)
     log.touch()
     home = copy / "tmp"
@@ -203,6 +212,14 @@ def table(results: dict) -> str:
     return "\n".join(f"{a:40} {b:>8} {c:>6} {d:>8}" for a, b, c, d in rows)
 
 
+def stop(number: int, frame) -> None:
+    """Ends by an exception, so that the process of a test and the copies go too."""
+    for each in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(each, signal.SIG_IGN)  # a second one would leave them behind
+    print(f"stopped by {signal.Signals(number).name}; nothing was written", file=sys.stderr)
+    sys.exit(128 + number)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("assignment", choices=[str(n) for n in TITLES if blanks_of(n)])
@@ -213,8 +230,10 @@ def main() -> None:
     args = parser.parse_args()
     if not args.submission.is_dir():
         parser.error(f"there is no folder {args.submission}")
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    prctl(PR_SET_CHILD_SUBREAPER, 1)
+    sys.stdout.reconfigure(errors="backslashreplace")  # what a submission says may be in no encoding
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop)
     results = grade(int(args.assignment), args.submission, args.seconds, int(args.gigabytes * 2**30))
     args.json.write_text(json.dumps(results, indent=1) + "\n")
     for t in results["tests"]:

@@ -148,11 +148,11 @@ def make(assignment: int, out: Path, base: Path | None = None, fill: bool = Fals
     out.mkdir(parents=True)
     cuts = [] if fill else blanks_of(assignment)
     for name in CODE:
-        source = (ROOT / name).read_text()
+        source = (ROOT / name).read_text("utf-8")
         for b in cuts:
             if b.file == name:
                 source = cut(source, local(b.name), b.equation)
-        (out / name).write_text(source)
+        (out / name).write_text(source, "utf-8")
     (out / "tests").mkdir()
     for name in TESTS[assignment] + ["test_assignments_blanks.py"]:
         if (ROOT / "tests" / name).is_dir():

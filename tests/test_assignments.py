@@ -2,8 +2,10 @@
 import ast
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -137,6 +139,16 @@ def test_every_wrong_body_is_caught(assignment, work):
             assert r["caught by"], f"{r['blank']}: {r['what']}: nothing caught it"
 
 
+def test_the_tests_of_one_blank_import_no_others(tmp_path):
+    M.make(4, tmp_path / "out", fill=True)
+    (tmp_path / "out" / "tests" / "test_assignments_blanks.py").write_text("raise SystemExit('imported')\n")
+    pytest_ = lambda name: python("-m", "pytest", "-q", "-p", "no:cacheprovider", "--blank", name, cwd=tmp_path / "out")
+    done = pytest_("recon_loss.text_loss")
+    assert done.returncode == 0 and "1 passed" in done.stdout, done.stdout
+    done = pytest_("nothing")
+    assert done.returncode == 4 and "no blank nothing; there are: model.Connector.forward, " in done.stderr and "Traceback" not in done.stderr
+
+
 # -- grading
 
 
@@ -166,3 +178,24 @@ def test_grading_without_files_or_with_a_syntax_error(tmp_path):
     (copy / "recon_loss.py").write_text("def interpolate(:\n")
     found, _ = grade.grade_blank(M.blanks_of(3)[0], copy, 30, 2 ** 32)
     assert all("SyntaxError" in message or "before its first test" in message for message in found.values()), found
+    (copy / "recon_loss.py").write_text((ROOT / "recon_loss.py").read_text())
+    found, _ = grade.grade_blank(M.blanks_of(3)[1], copy, 60, 2 ** 32)
+    assert not any(found.values()), f"sample.py cannot be imported, but recon_loss.py is right: {found}"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_grader_that_is_stopped_leaves_no_process_and_no_folder(number, tmp_path):
+    """The submission hangs as it is imported, beside a child that has left its process group."""
+    pids = tmp_path / "pids"
+    (tmp_path / "recon_loss.py").write_text(
+        f"import os, time\nif os.fork() == 0:\n    os.setsid()\nopen({str(pids)!r}, 'a').write(f'{{os.getpid()}} ')\nwhile True:\n    time.sleep(1)\n")
+    (tmp_path / "tmp").mkdir()
+    grader = subprocess.Popen([sys.executable, ROOT / "assignments" / "grade.py", "3", tmp_path, "--json", tmp_path / "results.json", "--seconds", "100"],
+                              env=os.environ | {"TMPDIR": str(tmp_path / "tmp")}, stderr=subprocess.PIPE, text=True)
+    began = time.monotonic()
+    while not (pids.exists() and len(pids.read_text().split()) == 2):
+        assert grader.poll() is None and time.monotonic() - began < 90
+        time.sleep(0.1)
+    grader.send_signal(number)
+    assert f"stopped by {number.name}" in grader.communicate(timeout=20)[1] and grader.returncode == 128 + number
+    assert not [pid for pid in pids.read_text().split() if os.path.exists(f"/proc/{pid}")] and not list((tmp_path / "tmp").iterdir())
