@@ -30,7 +30,7 @@ MAX_SOURCE = 1_000_000      # bytes of a submitted file
 MAX_WRITTEN = 16_000_000    # bytes of any file that a test writes, its output included
 PR_SET_PDEATHSIG = 1        # Linux: a signal for the child when we end
 PR_SET_CHILD_SUBREAPER = 36  # Linux: whoever loses its parent becomes ours, so that we can end it
-STARTING = "before its first test, while the file was imported"
+STARTING = "while the file was imported, before its first test"
 
 
 def take(submission: Path, copy: Path, blanks: list[Blank]) -> dict[str, str]:
@@ -115,7 +115,7 @@ def run_once(copy: Path, tests: list[str], seconds: float, memory: int) -> tuple
     home.mkdir(exist_ok=True)
     env = {"PATH": os.environ.get("PATH", ""), "HOME": str(home), "TMPDIR": str(home), "GRADE_LOG": str(log), "OMP_NUM_THREADS": "1",
            "PYTHONDONTWRITEBYTECODE": "1", "CUDA_VISIBLE_DEVICES": "", "LD_LIBRARY_PATH": os.environ.get("LD_LIBRARY_PATH", "")}
-    command = [sys.executable, "-m", "pytest", "-q", "--tb=no", "-p", "no:cacheprovider", "--rootdir", str(copy), "-c", str(copy / "pytest.ini"), *tests]
+    command = [sys.executable, "-m", "pytest", "-q", "--tb=line", "-p", "no:cacheprovider", "--rootdir", str(copy), "-c", str(copy / "pytest.ini"), *tests]
     how = ""
     with open(output, "wb") as file:
         process = subprocess.Popen(command, cwd=copy, env=env, stdin=subprocess.DEVNULL, stdout=file, stderr=file, start_new_session=True,
@@ -139,8 +139,8 @@ def run_once(copy: Path, tests: list[str], seconds: float, memory: int) -> tuple
                 pass  # a line that was cut off
     if not entries and how.endswith("exit code 2") or how.endswith("exit code 4"):
         with open(output, "rb") as file:
-            lines = [line for line in file.read(100_000).decode(errors="replace").splitlines() if line.startswith(("E  ", "ERROR"))]
-        how = next((line[1:].strip() for line in lines if "Error" in line), how)
+            said = file.read(100_000).decode(errors="replace").replace(f"{copy}/tests/../", "")
+        how = "\n".join(line[1:].strip() for line in said.splitlines() if line.startswith("E  ")) or how
     return entries, how
 
 
@@ -172,7 +172,7 @@ def grade_blank(b: Blank, copy: Path, seconds: float, memory: int) -> tuple[dict
         found = {test: found[test] for test in b.tests if test in found}
         going = [test for test in left if test not in found]
         if going == left:                # nothing was even started: another process would end the same way
-            found |= {test: f"{how or 'the process ended'} {STARTING}" for test in left}
+            found |= {test: f"{STARTING}: {how or 'the process ended'}" for test in left}
             break
         left = going
     return {test: found[test] for test in b.tests}, time.monotonic() - began

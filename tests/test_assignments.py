@@ -177,7 +177,7 @@ def test_grading_without_files_or_with_a_syntax_error(tmp_path):
     (copy / "pytest.ini").write_text("[pytest]\n")
     (copy / "recon_loss.py").write_text("def interpolate(:\n")
     found, _ = grade.grade_blank(M.blanks_of(3)[0], copy, 30, 2 ** 32)
-    assert all("SyntaxError" in message or "before its first test" in message for message in found.values()), found
+    assert all("SyntaxError" in message and "before its first test" in message for message in found.values()), found
     (copy / "recon_loss.py").write_text((ROOT / "recon_loss.py").read_text())
     found, _ = grade.grade_blank(M.blanks_of(3)[1], copy, 60, 2 ** 32)
     assert not any(found.values()), f"sample.py cannot be imported, but recon_loss.py is right: {found}"
