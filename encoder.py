@@ -34,7 +34,6 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from PIL import Image
 from torch import Tensor
-from torchvision.transforms.functional import to_pil_image, to_tensor
 
 # ------------------------------------------------------------------------------------------------ the model
 
@@ -564,6 +563,7 @@ def load_image(path: str, cfg: ViTConfig) -> Tensor:
         raise ValueError(f"{path} is no image that can be read ({error})") from None
     scale = cfg.image_size / min(image.size) / cfg.patch_size
     size = [max(1, round(side * scale)) * cfg.patch_size for side in image.size]
+    from torchvision.transforms.functional import to_tensor  # here, since it takes a second to import
     return to_tensor(image.resize(size, Image.Resampling.BICUBIC))[None]
 
 
@@ -591,6 +591,7 @@ def main() -> None:
             colours = pca_colours(encoder(image).patch_tokens[0].float())                            # (N, 3)
         picture = repeat(colours, "(h w) c -> c (h p) (w q)", p=p, q=p, h=image.shape[2] // p)       # (3, H, W)
         out = Path(path).with_name(f"{Path(path).stem}_pca.png")
+        from torchvision.transforms.functional import to_pil_image
         to_pil_image(torch.cat([image[0], picture], dim=2)).save(out)
         print(f"{out}: the image, and its patch tokens' first three principal components as colours")
 

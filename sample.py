@@ -22,7 +22,6 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from PIL import Image, ImageDraw, ImageFont
-from torchvision.transforms.functional import to_pil_image
 
 from data import BOS, EOS, PAD, Vocabulary, decode, to_tensor
 from encoder import ViT, ViTConfig, load_encoder
@@ -280,6 +279,7 @@ def image_grid(rows, row_captions=(), column_captions=(), scale=None):
     scale = scale or max(1, round(96 / rows[0][0].shape[-1]))
     gap, margin, line, font = 4, 16, 22 if row_captions else 0, ImageFont.load_default(size=15)
     large = lambda group: F.pad(F.interpolate(group.float().cpu().clamp(0, 1), scale_factor=scale), (0, gap, 0, gap), value=1)
+    from torchvision.transforms.functional import to_pil_image  # here, since it takes a second to import
     rows = [[to_pil_image(rearrange(large(group), "n c h w -> c h (n w)")) for group in row] for row in rows]
     lefts = [margin + sum(group.width - gap + margin for group in rows[0][:g]) for g in range(len(rows[0]) + 1)]
     tops = [margin // 2 + 22 * bool(column_captions) + i * (rows[0][0].height + line) for i in range(len(rows) + 1)]
