@@ -379,7 +379,7 @@ class Run:
         """Takes over the weights of a checkpoint of the same sizes and words, to begin `stage`; anything else is a user's mistake."""
         saved = read_checkpoint(path)
         try:
-            may = {"draws", "visual_words"} | ({"condition"} if saved["model_config"].get("condition", "words") == "words" else set())
+            may = {"draws", "visual_words", "renew"} | ({"condition"} if saved["model_config"].get("condition", "words") == "words" else set())
             theirs, mine = saved["model_config"] | {"encoder": saved["encoder"]["name"]}, asdict(self.model.cfg) | {"encoder": self.cfg.encoder}
             differ = [f"{k} is {theirs.get(k)} there and {mine[k]} here" for k in mine if theirs.get(k) != mine[k] and k not in may]
             if differ or saved["vocabulary"] != self.vocabulary.words:
