@@ -149,13 +149,17 @@ def random_scene(rng: random.Random, biased: bool, kind: str | None = None) -> S
     colors = [USUAL_COLOR[s] if biased and rng.random() < USUAL else rng.randrange(len(COLORS)) for s in shapes]
     if kind == "group":
         shapes, colors = shapes * count, colors * count
-    cells = rng.sample(rng.choice(FACING), 2) if kind == "pair" else spread(rng, range(GRID * GRID), count)
+    cells = rng.sample(rng.choice(FACING), 2) if kind == "pair" else spread(rng, count)
     return Scene(kind, tuple(map(Thing, shapes, colors, cells)), rng.randrange(len(BACKGROUNDS)))
 
 
-def spread(rng: random.Random, cells, count: int) -> list[int]:
-    """So many of the cells at random, but not the two of a pair: how a scene is described can be seen."""
-    while tuple(sorted(chosen := rng.sample(cells, count))) in FACING:
+def facing(cells) -> bool:
+    return tuple(sorted(cells)) in FACING
+
+
+def spread(rng: random.Random, count: int) -> list[int]:
+    """So many cells at random, but not the two of a pair: how a scene is described can be seen."""
+    while facing(chosen := rng.sample(range(GRID * GRID), count)):
         pass
     return chosen
 
@@ -171,7 +175,7 @@ def random_edit(rng: random.Random, kind: str) -> tuple[Scene, str, Scene]:
         new = {"recolor": Thing(old.shape, color, old.cell), "replace": Thing(shape, old.color, old.cell),
                "move": Thing(old.shape, old.color, cell), "add": Thing(shape, color, cell), "remove": None}[kind]
         things = [*rest, *([old] if kind == "add" else []), *([new] if new else [])]
-        if tuple(sorted(thing.cell for thing in things)) not in FACING:
+        if not facing(thing.cell for thing in things):
             break
     name = f"the {SHAPES[old.shape]}"
     said = {"recolor": f"make {name} {COLORS[color]}", "replace": f"make {name} a {SHAPES[shape]}", "move": f"move {name} {PLACES[cell]}",
