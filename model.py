@@ -50,6 +50,8 @@ class ModelConfig:
     connector_depth: int = 3
     paradigm: str = "flow"        # a key of IMAGES
     visual_words: int = 0         # how many of the K are kept, the rest are <pad>; 0: all
+    sharpness: float = 1.0        # what the logits of visual words are multiplied by: 0, all words alike; large, one word each
+    reverse_words: bool = False   # visual words from the last to the first: each is still a word, together they are no sentence
     condition: str = "words"      # RecA's. Controls of higher fidelity: "features", the patch tokens through an MLP; "pixels", the patches through one matrix
     draws: int = 1                # in training, how often each image is noised or masked behind its prefix
     renew: float = 1.0            # flow: share of the noise that sampling draws anew at each step; flat shapes: all, photographs: none
@@ -346,11 +348,11 @@ class UnifiedModel(nn.Module):
 
     def visual_words(self, patch_tokens):
         """Encoder patch tokens (B, tokens, D_enc) -> probabilities (B, K, V): each visual word is a mixture of words."""
-        words = self.connector(patch_tokens).float().softmax(-1)
+        words = (self.connector(patch_tokens).float() * self.cfg.sharpness).softmax(-1)
         if self.cfg.visual_words:
             kept = torch.arange(words.shape[1], device=words.device) < self.cfg.visual_words
             words = torch.where(kept[:, None], words, torch.eye(words.shape[2], device=words.device)[0])  # data.PAD
-        return words
+        return words.flip(1) if self.cfg.reverse_words else words
 
     def visual_prefix(self, words):
         """Visual words (B, K, V) -> prefix (B, T, D): <bos>, then expected word embeddings. One-hot words give text_prefix."""

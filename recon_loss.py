@@ -18,7 +18,7 @@ import torch
 import torch.distributed._functional_collectives as collectives
 import torch.nn.functional as F
 
-from data import BOS, EOS, PAD
+from data import BOS, EOS, PAD, SPECIALS, WORDS
 from model import patchify
 
 LOGIT_NORMAL_MEAN = -1.0  # t = sigmoid(N(mean, std)); arXiv 2511.13720 has -0.8. Layout and color are decided at small t
@@ -27,6 +27,7 @@ MIN_ONE_MINUS_T = 0.1     # the velocity loss weighs by 1 / (1 - t)^2, which has
 MASK_RATIO = 1.0, 0.25, 0.7, 1.0  # mar: mean, std, least and largest share of masked patches, arXiv 2406.11838, appendix B
 MLP_REPEATS = 4           # mar: times and noises for each patch, arXiv 2406.11838, appendix B
 DROP = 0.1                # share of conditions dropped for classifier-free guidance, arXiv 2207.12598
+TEMPLATES = 0             # recon: one of so many templates, drawn at random, stands in the place of the last visual words (arXiv 2509.07295)
 RANK, WORLD = 0, 1        # of this process; how many share a batch (train.py): the mean of their losses is the loss of the batch
 
 
@@ -39,7 +40,7 @@ def recon_loss(model, encoder, images, train_connector=False, features=None):
     if model.cfg.condition != "words":  # the controls of the paper's figure 12
         return image_loss(model, raw_prefix(model, encoder, images, features), images)
     with torch.set_grad_enabled(train_connector and torch.is_grad_enabled()):
-        prefix = model.visual_prefix(see(model, encoder, images, features))      # (B, T, D)
+        prefix = model.visual_prefix(with_template(see(model, encoder, images, features)))  # (B, T, D)
     return image_loss(model, prefix, images)
 
 
@@ -62,6 +63,15 @@ def raw_prefix(model, encoder, images, features=None):
     with torch.no_grad():
         features = encoder(model.for_encoder(images)).patch_tokens if features is None else features.to(images.dtype)
     return model.raw_prefix(features)
+
+
+def with_template(words):
+    """Visual words (B, K, V) whose last two are `make the`, or another of TEMPLATES such pairs of words: what the paper's models read after the features."""
+    if not TEMPLATES:
+        return words
+    pairs = torch.tensor([[(SPECIALS + WORDS).index(word) for word in (verb, "the")] for verb in ("make", "add", "remove", "move")], device=words.device)
+    drawn = mine(torch.randint(TEMPLATES, (len(words) * WORLD,), device=words.device))
+    return torch.cat([words[:, :-2], F.one_hot(pairs[drawn], words.shape[2]).to(words)], 1)
 
 
 def own_caption(model, encoder, batch):

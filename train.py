@@ -71,6 +71,9 @@ class Config:
     captions: str = option("sparse", "captions that the sft stage trains on; own: the visual words, as the model's own caption", ["sparse", "dense", "own"])
     condition: str = option("words", "what RecA's prefix holds; features, pixels: controls in which the image can be copied", ["words", "features", "pixels"])
     visual_words: int = option(0, "how many visual words are kept, the rest are <pad>; 0: all")
+    sharpness: float = option(1.0, "what the logits of visual words are multiplied by: 0, all words alike; 10, nearly one word each")
+    reverse_words: bool = option(False, "visual words in reverse: each is still a word, together they are no sentence")
+    templates: int = option(0, "how many pairs of words one is drawn from, to stand last in RecA's prefix, as the paper's templates do; 0: none")
     images: int = option(0, "how many images of their split sft and reca see; 0: all")
     drop: float = option(0.1, "share of conditions dropped in training, for guidance")
     trains: str = option("all", "what of the transformer sft and reca train", ["all", "attention"])
@@ -183,9 +186,10 @@ def check(cfg: Config) -> None:
     each("image_size patch_size width depth heads batch_size draws understand_batch side_batch replay_batch accumulate keep log_every save_every eval_n", lambda n: n >= 1, "at least 1")
     each("encoder_steps pretrain_steps align_steps reca_steps warmup encoder_size images visual_words", lambda n: n >= 0, "at least 0")
     each("encoder_lr pretrain_lr align_lr reca_lr grad_clip", lambda x: 0 < x < math.inf, "a positive number")
-    each("t2t i2t replay words weight_decay", lambda x: 0 <= x < math.inf, "a number, at least 0")
+    each("t2t i2t replay words weight_decay sharpness", lambda x: 0 <= x < math.inf, "a number, at least 0")
     each("decay", lambda x: 0 <= x <= 1, "in [0, 1]")
     each("ema drop", lambda x: 0 <= x < 1, "in [0, 1)")
+    each("templates", lambda n: 0 <= n <= (4 if cfg.dataset == "shapes" else 0), "in 0 to 4, for shapes, and 0 for photographs")
     each("workers", lambda n: n >= -1, "-1 or more")
     each("seed", lambda n: 0 <= n < 2 ** 32, "at least 0 and below 2^32")
     each("batch_size understand_batch side_batch replay_batch", lambda n: n % (WORLD * cfg.accumulate) == 0, f"a multiple of {WORLD} processes x --accumulate {cfg.accumulate}")
@@ -334,8 +338,8 @@ class Run:
         self.model = UnifiedModel(ModelConfig(
             paradigm=cfg.paradigm, vocab_size=len(self.vocabulary), text_len=cfg.text_len, image_size=cfg.image_size, patch_size=cfg.patch_size,
             width=cfg.width, depth=cfg.depth, heads=cfg.heads, encoder_width=self.encoder.cfg.width, draws=cfg.draws, encoder_size=cfg.encoder_size,
-            noise_scale=cfg.patch_size / 8, renew=float(cfg.dataset == "shapes"), condition=cfg.condition, visual_words=cfg.visual_words))
-        recon_loss.DROP = cfg.drop
+            noise_scale=cfg.patch_size / 8, renew=float(cfg.dataset == "shapes"), condition=cfg.condition, visual_words=cfg.visual_words, sharpness=cfg.sharpness, reverse_words=cfg.reverse_words))
+        recon_loss.DROP, recon_loss.TEMPLATES = cfg.drop, cfg.templates
         tower = CaptionTower(len(self.vocabulary), cfg.text_len, 128, self.encoder.cfg.width)
         self.parts = nn.ModuleDict({"encoder": self.encoder, "tower": tower, "model": self.model}).to(policy.device)
         with torch.no_grad():  # images of a size that this encoder cannot read are a mistake to be told now, not when align begins
@@ -379,7 +383,7 @@ class Run:
         """Takes over the weights of a checkpoint of the same sizes and words, to begin `stage`; anything else is a user's mistake."""
         saved = read_checkpoint(path)
         try:
-            may = {"draws", "visual_words", "renew"} | ({"condition"} if saved["model_config"].get("condition", "words") == "words" else set())
+            may = {"draws", "visual_words", "sharpness", "reverse_words", "renew"} | ({"condition"} if saved["model_config"].get("condition", "words") == "words" else set())
             theirs, mine = saved["model_config"] | {"encoder": saved["encoder"]["name"]}, asdict(self.model.cfg) | {"encoder": self.cfg.encoder}
             differ = [f"{k} is {theirs.get(k)} there and {mine[k]} here" for k in mine if theirs.get(k) != mine[k] and k not in may]
             if differ or saved["vocabulary"] != self.vocabulary.words:

@@ -127,6 +127,19 @@ def test_one_hot_visual_words_are_the_words():
         torch.testing.assert_close(model.visual_prefix(words), model.text_prefix(ids), atol=1e-6, rtol=0)
 
 
+@torch.no_grad()
+def test_visual_words_can_be_blunted_sharpened_and_reversed():
+    model, tokens = small("flow"), torch.randn(B, 4, 10)
+    model.connector.word_head.weight.normal_()
+    words = model.visual_words(tokens)
+    model.cfg.sharpness = 0.0
+    torch.testing.assert_close(model.visual_words(tokens), torch.full_like(words, 1 / V))
+    model.cfg.sharpness = 1e4
+    torch.testing.assert_close(model.visual_words(tokens), F.one_hot(words.argmax(-1), V).float())
+    model.cfg.sharpness, model.cfg.reverse_words = 1.0, True
+    torch.testing.assert_close(model.visual_words(tokens).flip(1), words)
+
+
 @pytest.mark.parametrize("paradigm", ["ar", "mask"])
 def test_words_and_codes_share_one_head_and_never_mix(paradigm):
     model = small(paradigm)

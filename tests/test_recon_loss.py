@@ -150,6 +150,18 @@ def test_random_mask_hides_exactly_its_share_everywhere_alike():
 # -- prefixes
 
 
+def test_a_template_stands_in_the_place_of_the_last_two_words(monkeypatch):
+    words = torch.rand(64, T - 1, 38).softmax(-1)
+    assert R.with_template(words) is words
+    pairs = {1: {(8, 6)}, 3: {(8, 6), (9, 6), (10, 6)}}  # make the, add the, remove the
+    for count, expected in pairs.items():
+        monkeypatch.setattr(R, "TEMPLATES", count)
+        shown = R.with_template(words)
+        assert torch.equal(shown[:, :-2], words[:, :-2]) and torch.equal(shown[:, -2:].sum(-1), torch.ones(64, 2))
+        assert {tuple(pair) for pair in shown[:, -2:].argmax(-1).tolist()} == expected
+
+
+
 def test_recon_is_t2i_with_another_prefix(monkeypatch):
     """The heart of it: were the visual words the caption, RecA's loss would be text-to-image's, to the bit."""
     for paradigm in IMAGES:

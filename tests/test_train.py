@@ -261,6 +261,8 @@ shapes | unrecognized
 --images -1 | at least 0
 --visual_words 18 | at most 17
 --trains mlp | invalid choice
+--sharpness -1 | at least 0
+--templates 5 | in 0 to 4
 --condition pixels | only --stage reca
 --dataset imagenet --data_dir {place} --encoder random | control on the shapes
 --weight_decay -1 | at least 0
@@ -606,7 +608,7 @@ def test_the_controls_change_what_they_say(place, tmp_path, monkeypatch):
     base = weights(place / "done/pretrain.pt")
     moved = lambda stage="reca": {name for name, w in weights(tmp_path / f"one/{stage}.pt").items() if name not in base or not torch.equal(w, base[name])}
     recon_loss, loss = train.recon_loss, train.total_loss
-    t2i, drop = recon_loss.t2i_loss, recon_loss.drop_prefix
+    t2i, recon, drop = recon_loss.t2i_loss, recon_loss.recon_loss, recon_loss.drop_prefix
 
     def look(model, encoder, batch, *args, **how):
         seen.setdefault("images", set()).update(image.sum().item() for image in batch["main"]["image"])
@@ -622,6 +624,12 @@ def test_the_controls_change_what_they_say(place, tmp_path, monkeypatch):
     assert moved() and all(".attn." in name and not name.startswith("connector") for name in moved())
     one("reca", "--visual_words", 3)
     assert not seen["words"][:, 3:].any()
+    words = seen["words"]
+    one("reca", "--reverse_words", "--visual_words", 3)
+    assert torch.equal(seen["words"].flip(1), words)
+    monkeypatch.setattr(recon_loss, "recon_loss", lambda model, *args, **how: (seen.update(sharpness=model.cfg.sharpness, templates=recon_loss.TEMPLATES), recon(model, *args, **how))[1])
+    one("reca", "--sharpness", 0.5, "--templates", 3)
+    assert seen["sharpness"] == 0.5 and seen["templates"] == 3
     one("sft", "--captions", "own", "--replay", 0)
     assert torch.equal(seen["captions"][-1][:, 1:], seen["words"]) and (seen["captions"][-1][:, 0] == 1).all()
     for condition, names in {"features": {"raw_norm.weight", "raw_proj.0.weight", "raw_proj.2.weight"}, "pixels": {"raw_proj.weight"}}.items():
