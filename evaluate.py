@@ -28,6 +28,7 @@ import json
 import math
 import random
 import shlex
+import statistics
 import subprocess
 import sys
 from collections import Counter
@@ -341,6 +342,7 @@ RUNS = {
     "features": "--stage reca --condition features", "pixels": "--stage reca --condition pixels",
     "sft_own": "--stage sft --captions own", "sft_dense": "--stage sft --captions dense",
     "reca_sft": "--stage sft --init_from {main}/reca.pt", "sft_reca": "--stage reca --init_from {main}/sft.pt", "reca_reca": "--stage reca --init_from {main}/reca.pt",
+    "ar": "--paradigm ar", "mask": "--paradigm mask", "mar": "--paradigm mar",
     "random": "--encoder random --align_steps 950", "clip": "--encoder {encoder} --encoder_size 96 --align_steps 950",
 } | {option[2:].replace(" ", "_"): f"--stage reca {option}" for option in ABLATIONS}
 
@@ -365,6 +367,8 @@ EXPERIMENTS = {
     "controls": Experiment(MAIN | {"SFT, own captions": "sft_own/sft", "SFT, dense": "sft_dense/sft", "RecA, SFT": "reca_sft/sft", "SFT, RecA": "sft_reca/reca",
                                    "RecA twice": "reca_reca/reca"}, SCORES),
     "ablations": Experiment({"RecA": "main/reca"} | {option: f"{option[2:].replace(' ', '_')}/reca" for option in ABLATIONS}, SCORES, picture=None),
+    "paradigms": Experiment(MAIN | {f"{title}, {run}": f"{run}/{checkpoint}" for run in ("ar", "mask", "mar")
+                                    for title, checkpoint in {"base": "pretrain", "SFT": "sft", "RecA": "reca"}.items()}, [*SCORES, "reconstruction"]),
     "counting": Experiment(MAIN, [f"{what}_{number}" for what in ("drawn", "counted") for number in (2, 3, 4)], counts, compare_counts),
     "encoder": Experiment(BEFORE_AND_AFTER | {"base, random": "random/pretrain", "RecA, random": "random/reca", "base, CLIP": "clip/pretrain", "RecA, CLIP": "clip/reca"}, SCORES),
 }
@@ -411,20 +415,25 @@ def scores_of(row: str, seed: int, measure: Callable, args) -> dict:
 
 def markdown(rows: dict[str, list[dict]], columns: list[str]) -> str:
     """{title: scores by seed} -> a table: means over seeds and, in brackets, the difference to the base with its 95% t-interval over seeds, paired by
-    seed; "open" where that touches zero."""
-    lines, base = [], None
+    seed; "open" where that touches zero. Under RecA, where SFT is there too, the difference to that."""
+    lines, base = [], []
     for title, runs in rows.items():
-        lines.append([title])
-        for column in columns:
-            values = torch.tensor([run.get(column, math.nan) for run in runs], dtype=torch.float64)
-            text = "" if values.isnan().any() else f"{values.mean():.3f}"
-            if base and not title.startswith("base") and text and all(column in run for run in base):
-                gain = values - torch.tensor([run[column] for run in base], dtype=torch.float64)
-                half = T95[len(gain) - 2] * gain.std().item() / len(gain) ** 0.5 if len(gain) > 1 else None
-                text += f" ({gain.mean():+.3f}" + ("" if half is None else f" ± {half:.3f}" + ", open" * (half >= abs(gain.mean().item()))) + ")"
-            lines[-1].append(text)
-        base = runs if base is None or title.startswith("base") else base
+        base, control = [] if title.startswith("base") else base, rows.get(title.replace("RecA", "SFT"), runs)
+        means = [f"{sum(values) / len(values):.3f}" if None not in (values := [run.get(column) for run in runs]) else "" for column in columns]
+        lines.append([title, *(mean + f" ({gain})" * bool(mean and gain) for mean, gain in zip(means, (difference(runs, base, column) for column in columns)))])
+        if control is not runs:
+            lines.append([f"{title} - {title.replace('RecA', 'SFT')}", *(difference(runs, control, column) for column in columns)])
+        base = base or runs
     return pipes(["", *columns], lines)
+
+
+def difference(runs: list[dict], others: list[dict], column: str) -> str:
+    """The mean difference with its interval; nothing where a score is missing."""
+    gains = [run[column] - other[column] for run, other in zip(runs, others) if column in run and column in other]
+    if not gains:
+        return ""
+    mean, half = sum(gains) / len(gains), T95[len(gains) - 2] * statistics.stdev(gains) / len(gains) ** 0.5 if len(gains) > 1 else None
+    return f"{mean:+.3f}" + ("" if half is None else f" ± {half:.3f}" + ", open" * (half >= abs(mean)))
 
 
 def pipes(head: list[str], lines: list[list[str]]) -> str:

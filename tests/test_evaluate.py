@@ -230,6 +230,8 @@ def test_means_differences_and_open_claims():
     text = E.markdown({"base": runs(0.5, 0.6, 0.7), "a": runs(0.7, 0.81, 0.9), "b": runs(0.6, 0.8, 1.0), "base 2": runs(0.9, 0.9, 0.9), "c": runs(0.9, 1.0, 0.9)}, ["x", "y"])
     assert [line.split(" | ")[1] for line in text.splitlines()[2:]] == ["0.600", "0.803 (+0.203 ± 0.014)", "0.800 (+0.200 ± 0.248, open)", "0.900", "0.933 (+0.033 ± 0.143, open)"]
     assert E.markdown({"base": runs(0.5), "a": runs(0.7)}, ["x"]).splitlines()[-1] == "| a | 0.700 (+0.200) |"
+    both = E.markdown({"base, ar": runs(0.5, 0.5), "SFT, ar": runs(0.6, 0.7), "RecA, ar": runs(0.8, 0.9)}, ["x"]).splitlines()
+    assert both[-2:] == ["| RecA, ar | 0.850 (+0.350 ± 0.635, open) |", "| RecA, ar - SFT, ar | +0.200 ± 0.000 |"]
 
 
 FAKE = """
