@@ -41,8 +41,9 @@ from collections import Counter
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
-from PIL import Image, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 from tqdm import tqdm
 
@@ -52,11 +53,9 @@ from tqdm import tqdm
 PAD, BOS, EOS, UNK = 0, 1, 2, 3
 SPECIALS = ["<pad>", "<bos>", "<eos>", "<unk>"]
 
-
 def split_words(text: str) -> list[str]:
     """Lower-case words and single punctuation marks."""
     return re.findall(r"[^\W_]+(?:'[^\W_]+)*|[^\w\s]", text.lower())
-
 
 class Vocabulary:
     """Words <-> ids. Text is words, not bytes: RecA's visual words are mixtures of word embeddings (see model.py)."""
@@ -92,7 +91,6 @@ class Vocabulary:
         ids = itertools.takewhile(lambda i: i != EOS, ids)
         return " ".join(self.words[i] for i in ids if i not in (PAD, BOS))
 
-
 # ----------------------------------------------------------------------------------------------------------------------
 # The shapes world: scenes
 
@@ -116,14 +114,12 @@ EDITED = 0.4          # share of instructions among what the language side learn
 EDITS = ["recolor", "replace", "move", "add", "remove"]
 TEXT_LEN = 18         # <bos> and 17 words: three objects with colors and places, or two and an instruction
 
-
 @dataclass(frozen=True)
 class Thing:
     """One object of a scene. `cell` counts the grid's cells row by row."""
     shape: int
     color: int
     cell: int
-
 
 @dataclass(frozen=True)
 class Scene:
@@ -132,14 +128,12 @@ class Scene:
     things: tuple[Thing, ...]
     background: int
 
-
 def relation(a: int, b: int) -> str | None:
     """How cell a stands to cell b: 'left', 'right', 'above' or 'below'; None where neither axis prevails."""
     dy, dx = a // GRID - b // GRID, a % GRID - b % GRID
     if abs(dx) == abs(dy):
         return None
     return ("left" if dx < 0 else "right") if abs(dx) > abs(dy) else "above" if dy < 0 else "below"
-
 
 def random_scene(rng: random.Random, biased: bool, kind: str | None = None) -> Scene:
     """A scene; its objects differ in shape, except in a group, which is alike. A pair stands face to face, all else anywhere."""
@@ -152,17 +146,14 @@ def random_scene(rng: random.Random, biased: bool, kind: str | None = None) -> S
     cells = rng.sample(rng.choice(FACING), 2) if kind == "pair" else spread(rng, count)
     return Scene(kind, tuple(map(Thing, shapes, colors, cells)), rng.randrange(len(BACKGROUNDS)))
 
-
 def facing(cells) -> bool:
     return tuple(sorted(cells)) in FACING
-
 
 def spread(rng: random.Random, count: int) -> list[int]:
     """So many cells at random, but not the two of a pair: how a scene is described can be seen."""
     while facing(chosen := rng.sample(range(GRID * GRID), count)):
         pass
     return chosen
-
 
 def random_edit(rng: random.Random, kind: str) -> tuple[Scene, str, Scene]:
     """A scene of one or two objects, an instruction of a kind of EDITS, and the scene that it makes; nothing else changes."""
@@ -182,10 +173,8 @@ def random_edit(rng: random.Random, kind: str) -> tuple[Scene, str, Scene]:
             "add": "add " + describe(Scene("single", (new,), 0)) if new else "", "remove": f"remove {name}"}[kind]
     return scene, said, Scene({1: "single", 2: "spread", 3: "several"}[len(things)], tuple(things), scene.background)
 
-
 # ----------------------------------------------------------------------------------------------------------------------
 # The shapes world: captions, and back
-
 
 def describe(scene: Scene, rng: random.Random | None = None, color: float = 1, relations: float = 1, places: float = 1) -> str:
     """A caption in a random wording; the numbers are the chances that a color, a pair's relation and other objects' places are named.
@@ -211,17 +200,14 @@ def describe(scene: Scene, rng: random.Random | None = None, color: float = 1, r
         link = f"{link} of" if link in ("left", "right") else f"directly {link}" if rng and rng.random() < 0.5 else link
     return f" {link} ".join(map(phrase, things))
 
-
 @dataclass(frozen=True)
 class Claim:
     """What a caption or prompt says: phrases (count, color or None, shape, cell or None), relations (i, name, j) between them."""
     phrases: tuple[tuple[int, int | None, int, int | None], ...]
     relations: tuple[tuple[int, str, int], ...]
 
-
 PHRASE = re.compile(f"(an?|{'|'.join(NUMBERS)}) (?:({'|'.join(COLORS)}) )?({'|'.join(SHAPES + PLURALS)})(?: ({'|'.join(PLACES)}))?")
 LINK = re.compile(" (and|(?:left|right) of|(?:directly )?(?:above|below)) ")
-
 
 def parse(text: str) -> Claim | None:
     """The claim that a caption makes, in any wording of `describe`; None where it is not a sentence of this world."""
@@ -236,7 +222,6 @@ def parse(text: str) -> Claim | None:
         phrases.append((count, COLORS.index(color) if color else None, names.index(name), PLACES.index(place) if place else None))
     links = [link.removeprefix("directly ").removesuffix(" of") for link in parts[1::2]]
     return Claim(tuple(phrases), tuple((i, link, i + 1) for i, link in enumerate(links) if link != "and"))
-
 
 def holds(claim: Claim, grid) -> bool:
     """Whether a scene holds exactly what the claim says: these objects, no other, in these colours and relations.
@@ -254,17 +239,14 @@ def holds(claim: Claim, grid) -> bool:
         found.append(alike[0].cell)
     return all(relation(found[i], found[j]) == name for i, name, j in claim.relations)
 
-
 def is_full(claim: Claim) -> bool:
     """Whether a claim names every color, and where objects differ either a relation for each pair or every place."""
     phrases = claim.phrases
     placed = all(phrase[3] is not None for phrase in phrases)
     return all(phrase[1] is not None for phrase in phrases) and (placed or len(claim.relations) >= len(phrases) // 2)
 
-
 # ----------------------------------------------------------------------------------------------------------------------
 # The shapes world: pixels
-
 
 def covers(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     """Which points of [-1, 1]^2 (y downwards) each shape covers, in the order of SHAPES: x, y (H, W) -> (shapes, H, W)."""
@@ -279,7 +261,6 @@ def covers(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         x.abs() / 0.72 + y.abs() / 0.95 < 1,
         ((x.abs() < 0.27) | (y.abs() < 0.27)) & (x.abs() < 0.88) & (y.abs() < 0.88)])
 
-
 def sprites(cell: int) -> torch.Tensor:
     """Every content of a cell: (len(BACKGROUNDS), 1 + shapes * colors, 3, cell, cell) in [0, 1], anti-aliased 8 x 8."""
     fine = (torch.arange(cell * 8) + 0.5) / (cell * 4) - 1
@@ -290,7 +271,6 @@ def sprites(cell: int) -> torch.Tensor:
     paper = torch.tensor(BACKGROUNDS)[:, None, :, None, None] / 255
     return cover * ink + (1 - cover) * paper
 
-
 def to_grid(scene: Scene) -> list[int]:
     """The scene as GRID * GRID cells."""
     grid = [0] * GRID * GRID
@@ -298,12 +278,10 @@ def to_grid(scene: Scene) -> list[int]:
         grid[thing.cell] = 1 + thing.shape * len(COLORS) + thing.color
     return grid
 
-
 def render(grids: torch.Tensor, backgrounds: torch.Tensor, atlas: torch.Tensor) -> torch.Tensor:
     """Cells (B, GRID * GRID) and backgrounds (B,) -> images (B, 3, GRID * cell, GRID * cell) in [0, 1]."""
     cells = atlas[backgrounds[:, None], grids]                                   # (B, 9, 3, cell, cell)
     return rearrange(cells, "b (r c) k h w -> b k (r h) (c w)", r=GRID)
-
 
 class Shapes(Dataset):
     """Scenes made on the fly: scene `index` of a split is the same in every epoch, its wording changes with the epoch.
@@ -347,7 +325,6 @@ class Shapes(Dataset):
         background = torch.tensor([s.background for s in scenes])
         return {"image": render(grid, background, self.atlas), "grid": grid, **texts}
 
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Image folders
 
@@ -361,7 +338,6 @@ WORDINGS = ["a photo of {}", "a picture of {}", "an image of {}", "a photograph 
 SETTLED = 2.0  # s; a folder changed later than this may change again within one tick of its clock
 warnings.filterwarnings("ignore", module="PIL")  # what Pillow cannot read is named in bad_images.txt, once
 
-
 class Strings:
     """A read-only list of strings in one block of memory, which workers share; a million str objects would be copied by each."""
 
@@ -372,16 +348,13 @@ class Strings:
     def __getitem__(self, i: int) -> str:
         return self.block[self.ends[i]: self.ends[i + 1]].decode("utf-8", "surrogatepass")
 
-
 def cache_folder(cache_dir: str) -> str:
     return cache_dir or os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "reca")
-
 
 def stamp(path: str) -> list[int]:
     """What moves when a file is written, and when a file of a folder is added, removed or renamed."""
     stat = os.stat(path)
     return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
-
 
 def list_files(root: str, cache_dir: str = "") -> list[str]:
     """Relative paths of all images and metadata files below root, sorted; dot files are left out, links followed.
@@ -426,7 +399,6 @@ def list_files(root: str, cache_dir: str = "") -> list[str]:
             pass  # no place for an index: the next start walks again
     return files
 
-
 def fit(image: Image.Image, size: int) -> Image.Image:
     """Any Pillow image as size x size RGB: upright, alpha over white, the shorter side resized, the centre kept."""
     ImageOps.exif_transpose(image, in_place=True)
@@ -441,7 +413,6 @@ def fit(image: Image.Image, size: int) -> Image.Image:
     sharp = Image.Resampling.HAMMING if side > size else Image.Resampling.BICUBIC  # as good when shrinking, and faster
     return image.convert("RGB").resize((size, size), sharp, (left, top, left + side, top + side))
 
-
 def decode(path: str, size: int) -> Image.Image:
     """An image file as `fit` makes it; of an animation the first frame. Raises whatever Pillow finds wrong with it."""
     if not os.path.isfile(path):
@@ -451,7 +422,6 @@ def decode(path: str, size: int) -> Image.Image:
             raise ValueError(f"{image.width} x {image.height} pixels are more than {Image.MAX_IMAGE_PIXELS}")
         image.draft(None, (size, size))  # a JPEG comes out of its DCT at 1/2, 1/4 or 1/8 where that is large enough
         return fit(image, size)
-
 
 def to_tensor(images: list[Image.Image]) -> torch.Tensor:
     """RGB images of one size -> (B, 3, S, S) float in [0, 1]."""
@@ -463,6 +433,37 @@ def to_tensor(images: list[Image.Image]) -> torch.Tensor:
         batch[i] = rearrange(pixels, "(h w c) -> c h w", h=image.height, c=3)
     return batch.div_(255)
 
+def read_images(paths: list[str], size: int) -> torch.Tensor:
+    """Picture files -> (B, 3, size, size) in [0, 1]. Raises ValueError that names the one that cannot be read."""
+    pictures = []
+    for path in paths:
+        try:
+            pictures.append(decode(path, size))
+        except Exception as error:  # Pillow raises nearly anything
+            raise ValueError(f"cannot read the image {path}: {error}") from None
+    return to_tensor(pictures)
+
+def image_grid(rows, row_captions=(), column_captions=(), scale: int | None = None, note: str = "") -> Image.Image:
+    """Rows of images with their captions -> one PIL image. A row is a tensor (C, 3, H, W) in [0, 1], or a list of them, groups set apart:
+    [base, sft, reca]; none is longer than the first. A row's caption stands above it, a column's above its group. Images are magnified without
+    blur by the whole number `scale`, by default to about 96 pixels. A note stands below all."""
+    rows = [row if isinstance(row, list) else [row] for row in rows]
+    scale = scale or max(1, round(96 / rows[0][0].shape[-1]))
+    gap, margin, line, font = 4, 16, 22 if row_captions else 0, ImageFont.load_default(size=15)
+    large = lambda group: F.pad(F.interpolate(group.float().cpu().clamp(0, 1), scale_factor=scale), (0, gap, 0, gap), value=1)
+    from torchvision.transforms.functional import to_pil_image  # here, since it takes a second to import
+    rows = [[to_pil_image(rearrange(large(group), "n c h w -> c h (n w)")) for group in row] for row in rows]
+    lefts = [margin + sum(group.width - gap + margin for group in rows[0][:g]) for g in range(len(rows[0]) + 1)]
+    tops = [margin // 2 + 22 * bool(column_captions) + i * (rows[0][0].height + line) for i in range(len(rows) + 1)]
+    texts = [*zip(row_captions, itertools.repeat(margin), tops), *zip(column_captions, lefts, itertools.repeat(margin // 2)), (note, margin, tops[-1])]
+    right = max([lefts[-1]] + [int(left + font.getlength(text)) + margin for text, left, _ in texts])
+    canvas = Image.new("RGB", (right, tops[-1] + (26 if note else margin // 2)), "white")
+    for text, left, top in texts:
+        ImageDraw.Draw(canvas).text((left, top), text, fill="black", font=font)
+    for row, top in zip(rows, tops):
+        for group, left in zip(row, lefts):
+            canvas.paste(group, (left, top + line))
+    return canvas
 
 class Photos(Dataset):
     """Photographs with captions. Image i is root/files[i]; the lines of captions[i] are its wordings, the plain one first.
@@ -522,7 +523,6 @@ class Photos(Dataset):
         bad = [(os.path.join(self.root, self.files[i]), self.bad[i]) for i in dict.fromkeys(skipped)]
         return {"image": to_tensor(images), **said, "question": said["full"], "answer": said["wording"], "bad": bad}
 
-
 class Cifar(Photos):
     """CIFAR-10's images, one array (N, 32, 32, 3) of bytes; downloaded to data_dir where they are not there."""
 
@@ -542,13 +542,11 @@ class Cifar(Photos):
     def read(self, index: int) -> Image.Image:
         return fit(Image.fromarray(self.arrays[index]), self.image_size)
 
-
 def class_captions(names: str) -> str:
     """All wordings with all names of a class, "goldfish, Carassius auratus", a line each; the first is "a photo of a goldfish"."""
     names = [name.strip().lower() for name in names.split(",") if name.strip()]
     articled = [("an " if re.match("(?!eu|uni|one|uk)[aeiou]", name) else "a ") + name for name in names]
     return "\n".join(wording.format(name) for name in articled for wording in WORDINGS)
-
 
 def class_names(data_dir: str, classes: list[str]) -> dict[str, str]:
     """The comma-separated names of class folders: from a list in data_dir, from torchvision, or the folders' own. Raises ValueError where they are
@@ -568,7 +566,6 @@ def class_names(data_dir: str, classes: list[str]) -> dict[str, str]:
     raise ValueError(f"nothing says what class folders such as {classes[0]} mean: "
                      f"put a file {CLASS_LISTS[0]} with lines `{classes[0]} its name, another name` into {data_dir}")
 
-
 def read_metadata(path: str):
     """The (file_name, text) rows of a metadata.jsonl or metadata.csv. Raises ValueError with the row's number."""
     number = 0
@@ -578,7 +575,6 @@ def read_metadata(path: str):
                 yield os.path.normpath(row["file_name"]), " ".join(row["text"].split())
     except (ValueError, KeyError, TypeError, AttributeError, csv.Error) as error:
         raise ValueError(f"{path}, near row {number}: each row needs `file_name` and `text`, both strings ({type(error).__name__}: {error})") from None
-
 
 def captioned(root: str, paths: list[str], name: str, data_dir: str) -> tuple[list[str], list[str]]:
     """The images among paths, and the captions of each, a wording a line: of metadata, else of its class, else "".
@@ -607,12 +603,10 @@ def captioned(root: str, paths: list[str], name: str, data_dir: str) -> tuple[li
     of_class = {folder: class_captions(name) for folder, name in names.items()}
     return files, ["\n".join(captions.get(path, ())) or of_class.get(folder, "") for path, folder in zip(files, folders)]
 
-
 def _content(folder: str) -> str:
     """What a folder holds, for a message."""
     names = sorted(os.listdir(folder))
     return f"it holds {', '.join(names[:5])}{' ...' * (len(names) > 5)}" if names else "it is an empty folder"
-
 
 def make_dataset(name: str, split: str, data_dir: str = "", image_size: int = 48, seed: int = 0,
                  vocabulary: Vocabulary | None = None, text_len: int = 32, cache_dir: str = "") -> Dataset:
@@ -646,10 +640,8 @@ def make_dataset(name: str, split: str, data_dir: str = "", image_size: int = 48
         files, captions = [files[i] for i in chosen], [captions[i] for i in chosen]
     return Photos(root, files, captions, *how)
 
-
 # ----------------------------------------------------------------------------------------------------------------------
 # The loader
-
 
 def keys(size: int, batch_size: int, seed: int, start: int = 0, rank: int = 0, world: int = 1):
     """Batches of (epoch, index) without end: one seeded permutation an epoch. `start` is the number of batches already used: a resumed run goes on with the
@@ -666,18 +658,15 @@ def keys(size: int, batch_size: int, seed: int, start: int = 0, rank: int = 0, w
             batch.append((epoch, order[position % size]))
         yield batch[rank * share: (rank + 1) * share]
 
-
 def make_loader(dataset: Dataset, batches_of_keys, workers: int) -> DataLoader:
     return DataLoader(dataset, batch_sampler=batches_of_keys, num_workers=workers, prefetch_factor=4 if workers else None, worker_init_fn=_let_the_main_process_save,
                       collate_fn=dict,  # `__getitems__` has made a whole batch
                       pin_memory=torch.cuda.is_available(),
                       generator=torch.Generator())  # its base seed must not move the global generator: a resumed run restores that
 
-
 def _let_the_main_process_save(worker: int):
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process saves first; workers end with it
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(30))  # a cluster sends this one to every process
-
 
 def batches(dataset: Dataset, batch_size: int, seed: int, start: int = 0, workers: int = 0, bad_file: str = "", rank: int = 0, world: int = 1, images: int = 0):
     """Batches without end, from batch number `start` on, of the first `images` images (0: all). Those that were skipped are named in `bad_file`, once each."""
@@ -692,13 +681,11 @@ def batches(dataset: Dataset, batch_size: int, seed: int, start: int = 0, worker
                 file.writelines(f"{path}\t{reason}\n" for path, reason in new.items() if path not in before)
         yield batch
 
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Features of the frozen encoder, computed once
 
 BLOCK = 128            # images that are encoded, and marked as done, at once
 SAME_FEATURES = 0.2    # relative error up to which features are the same ones. CLIP: rounding to bfloat16 0.08, bicubic for bilinear 0.5
-
 
 class Cached(Dataset):
     """A data set whose batches also hold `features`, from a file of (images, tokens, D_enc) float16 that `cache_features` wrote."""
@@ -716,14 +703,12 @@ class Cached(Dataset):
     def __getitems__(self, keys: list[tuple[int, int]]) -> dict:
         return self.dataset.__getitems__(keys) | {"features": self.features([index for _, index in keys])}
 
-
 def encoder_identity(encoder: torch.nn.Module, size: int, dtype: torch.dtype):
     """What features depend on besides the images, piece by piece (bytes): the encoder with every weight, the size that it sees, the precision."""
     yield repr((encoder.cfg, size, dtype)).encode()
     for name, x in encoder.state_dict().items():
         yield repr((name, x.dtype, x.shape)).encode()
         yield x.cpu().reshape(-1).view(torch.uint8).numpy()
-
 
 def cache_features(dataset: Dataset, encode, identity, cache_dir: str = "", workers: int = 0, rank: int = 0, world: int = 1) -> Cached:
     """The data set with its features; those not in the cache yet are computed: encode(images (B, 3, H, W)) -> (B, tokens, D_enc).

@@ -1,4 +1,4 @@
-"""The understanding encoder: one Vision Transformer that every public CLIP, SigLIP and DINOv2 layout loads into.
+"""From images to tokens. The understanding encoder: one Vision Transformer that every public CLIP, SigLIP and DINOv2 layout loads into.
 
     python encoder.py clip-b16 photo.jpg                # what the encoder is, and what it sees: photo_pca.png
     encoder = load_encoder("path/to/model.safetensors") # a preset's name, a hub folder or a file; frozen, in eval mode
@@ -7,6 +7,8 @@
 
 An architecture is one row of switches in ViTConfig, read off the file's own names and shapes; config.json says only what no tensor shows
 (number of heads, activation). Loading is strict: every tensor of the file is used once or left out by name, every tensor of the model is filled.
+
+For the two paradigms that draw codes there is an image tokenizer too, small, and trained here.
 
 References: ViT 2010.11929, CLIP 2103.00020, SigLIP 2303.15343, SigLIP 2 2502.14786, DINOv2 2304.07193, registers 2309.16588.
 
@@ -32,6 +34,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange, repeat
+from einops.layers.torch import Rearrange
 from PIL import Image
 from torch import Tensor
 
@@ -40,7 +43,6 @@ from torch import Tensor
 CLIP_STATS = dict(mean=(0.48145466, 0.4578275, 0.40821073), std=(0.26862954, 0.26130258, 0.27577711))  # of CLIP's training images
 IMAGENET_STATS = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 HALF_STATS = dict(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))  # [0, 1] -> [-1, 1]
-
 
 @dataclass
 class ViTConfig:
@@ -65,13 +67,11 @@ class ViTConfig:
     mean: tuple = IMAGENET_STATS["mean"]
     std: tuple = IMAGENET_STATS["std"]
 
-
 class Features(NamedTuple):
     """What the encoder returns; all after the model's final norm."""
     patch_tokens: Tensor           # (B, N, D), row by row from the top left
     cls_token: Tensor | None       # (B, D)
     pooled: Tensor | None          # (B, P), what the publishing library calls the pooled or projected image embedding
-
 
 ACTIVATIONS = {
     "gelu": F.gelu,
@@ -83,7 +83,6 @@ POOLS = ("cls", "mean", "attention", "none")
 RESIZES = {"bicubic": {}, "antialias": dict(antialias=True), "align_corners": dict(align_corners=True), "offset": {}}  # of position embeddings, by publisher
 DINOV2_OFFSET = 0.1  # with "offset", the new grid grows by this much before the scale is taken
 
-
 class Linear(nn.Linear):
     """nn.Linear, but on a CPU it calls oneDNN where nothing learns: torch itself calls MKL, which leaves the AVX-512 units of AMD's CPUs idle
     (an encoder is twice as fast on an EPYC). Both compute in float32."""
@@ -94,7 +93,6 @@ class Linear(nn.Linear):
         if x.device.type == "cpu" and eager_float32 and not learns and torch.backends.mkldnn.is_available():
             return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
         return super().forward(x)
-
 
 class Attention(nn.Module):
     def __init__(self, width: int, heads: int, qkv_bias: bool):
@@ -108,7 +106,6 @@ class Attention(nn.Module):
         x = F.scaled_dot_product_attention(q, k, v)                                                  # (B, H, T, D/H)
         return self.proj(rearrange(x, "b h t d -> b t (h d)"))                                       # (B, T, D)
 
-
 class MLP(nn.Module):
     def __init__(self, width: int, mlp_width: int, act: str):
         super().__init__()
@@ -118,7 +115,6 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(self.act(self.fc1(x)))
-
 
 class Block(nn.Module):
     """Pre-norm. DINOv2's LayerScale is not here: scale * (W x + b) = (scale W) x + scale b, folded in when loading."""
@@ -133,7 +129,6 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attn(self.norm1(x))
         return x + self.mlp(self.norm2(x))
-
 
 class AttentionPool(nn.Module):
     """SigLIP's head: one learned query asks all tokens, then an MLP (arXiv 2303.15343; "MAP" in big_vision)."""
@@ -154,7 +149,6 @@ class AttentionPool(nn.Module):
         x = F.scaled_dot_product_attention(q, k, v)                                                  # (B, H, 1, D/H)
         x = self.proj(rearrange(x, "b h 1 d -> b (h d)"))                                            # (B, D)
         return x + self.mlp(self.norm(x))                                                            # (B, D)
-
 
 class ViT(nn.Module):
     """Images in, named features out. Trainable as it is (nothing here stops gradients); load_encoder freezes it."""
@@ -234,19 +228,73 @@ class ViT(nn.Module):
         pooled = self.pool(x) if self.pool else cls_token if self.cfg.pool == "cls" else patch_tokens.mean(dim=1)  # (B, D)
         return Features(patch_tokens, cls_token, self.proj(self.fc_norm(pooled)))                     # pooled: (B, P)
 
-
 def scratch_config(image_size: int, patch_size: int, width: int = 128, depth: int = 4, heads: int = 4, out_width: int = 0, pool: str = "mean") -> ViTConfig:
     """A small encoder to be trained from random weights: ViT(scratch_config(24, 8)). Sizes in pixels and channels."""
     assert image_size % patch_size == 0 and width % heads == 0, f"{patch_size=} must divide {image_size=}, and {heads=} {width=}"
     return ViTConfig(image_size=image_size, patch_size=patch_size, width=width, depth=depth, heads=heads, mlp_width=4 * width,
                      out_width=out_width, pool=pool, cls_token=pool == "cls", **HALF_STATS)
 
+# ------------------------------------------------------------------------------------------------ the image tokenizer of `ar` and `mask`
+
+# N codes an image, C codes in all, d channels of the bottleneck
+
+class ResBlock(nn.Module):
+    def __init__(self, width: int):
+        super().__init__()
+        self.norm = nn.GroupNorm(8, width)
+        self.conv, self.out_conv = nn.Conv2d(width, width, 3, padding=1), nn.Conv2d(width, width, 1)
+
+    def forward(self, x):
+        return x + self.out_conv(F.silu(self.conv(F.silu(self.norm(x)))))
+
+class Tokenizer(nn.Module):
+    """A small convolutional autoencoder whose middle is rounded: finite scalar quantisation, FSQ (arXiv 2309.15505).
+
+    Each of the d = len(levels) channels is bounded and rounded to one of its few values; their combination is the code. No codebook to learn, so
+    none to collapse. Departure from the paper: (L - 1) (tanh z + 1) / 2 bounds odd and even L alike, without its half-step shift for even L.
+    """
+
+    def __init__(self, image_size: int, stride: int, levels: tuple[int, ...], width: int):
+        super().__init__()
+        w, d, first = width, len(levels), stride // 2                            # `stride`: side in pixels of what one code stands for
+        self.side = image_size // stride
+        self.register_buffer("levels", torch.tensor(levels), persistent=False)
+        self.register_buffer("basis", torch.tensor([math.prod(levels[:i]) for i in range(d)]), persistent=False)
+        self.encoder = nn.Sequential(nn.PixelUnshuffle(first), nn.Conv2d(3 * first ** 2, w, 3, padding=1), ResBlock(w), nn.PixelUnshuffle(2),
+                                     nn.Conv2d(4 * w, w, 1), ResBlock(w), ResBlock(w), nn.GroupNorm(8, w), nn.Conv2d(w, d, 1), Rearrange("b d h w -> b (h w) d"))
+        self.decoder = nn.Sequential(nn.Conv2d(d, w, 1), ResBlock(w), ResBlock(w), nn.Conv2d(w, 4 * w, 1), nn.PixelShuffle(2),
+                                     ResBlock(w), nn.GroupNorm(8, w), nn.Conv2d(w, 3 * first ** 2, 3, padding=1), nn.PixelShuffle(first))
+
+    def quantize(self, z):
+        """Any z (..., d) -> rounded values in [-1, 1]; the gradient passes straight through the rounding."""
+        x = (self.levels - 1) * (z.tanh() + 1) / 2                               # [0, L - 1]
+        x = x + (x.round() - x).detach()
+        return 2 * x / (self.levels - 1) - 1
+
+    def to_codes(self, values):                                                  # rounded values (..., d) in [-1, 1] -> codes (...) in [0, C)
+        return (((values + 1) / 2 * (self.levels - 1)).round().long() * self.basis).sum(-1)
+
+    def to_values(self, codes):                                                  # codes (...) in [0, C) -> values (..., d) in [-1, 1]
+        return 2 * (codes[..., None] // self.basis % self.levels) / (self.levels - 1) - 1
+
+    def forward(self, images):                                                   # (B, 3, H, W) in [0, 1] -> the same through the bottleneck
+        return self.decode_values(self.quantize(self.encoder(images * 2 - 1)))
+
+    def decode_values(self, values):                                             # (B, N, d) -> images (B, 3, H, W)
+        return self.decoder(rearrange(values, "b (h w) d -> b d h w", h=self.side)) / 2 + 0.5
+
+    @torch.no_grad()
+    def encode(self, images):                                                    # (B, 3, H, W) in [0, 1] -> codes (B, N)
+        return self.to_codes(self.quantize(self.encoder(images * 2 - 1)))
+
+    @torch.no_grad()
+    def decode(self, codes):                                                     # (B, N) -> images (B, 3, H, W) in [0, 1]
+        return self.decode_values(self.to_values(codes)).clamp(0, 1)
 
 # ------------------------------------------------------------------------------------------------ reading files
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
           "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
-
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
     """Names and tensors of a safetensors file: u64 header length, JSON header, raw bytes. The tensors are views of the mapped file, so only those that are
@@ -272,7 +320,6 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"the tensors end at byte {position}, the file at {len(data)}")
     return tensors
 
-
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """Any checkpoint file as names and tensors, memory-mapped where the format allows."""
     if path.suffix == ".safetensors":
@@ -286,7 +333,6 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
         raise ValueError("it holds no state dict, that is names and tensors")
     return tensors
-
 
 # ------------------------------------------------------------------------------------------------ recognising an architecture
 
@@ -348,7 +394,6 @@ CONFIG_FIELDS = {  # what config.json (transformers, timm) and open_clip_config.
 CONFIG_VALUES = {"gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh", "token": "cls", "avg": "mean", "map": "attention", "": "none"}
 TIMM_TANH = re.compile(r"vit_(giantopt|base_patch32|so400m_patch16)\w*siglip|vit_large_patch16_siglip(_gap)?_512")
 
-
 def read_config(folder: Path, tensors: dict[str, Tensor]) -> dict:
     """What the publisher's JSON files beside the weights state, in ViTConfig's words; empty where there are none."""
     open_clip, config, stated = any(name.startswith("visual.") for name in tensors), {}, {}
@@ -378,7 +423,6 @@ def read_config(folder: Path, tensors: dict[str, Tensor]) -> dict:
         raise ValueError(f"the config beside it cannot be used: {error}") from None
     return stated
 
-
 def rename(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The encoder's tensors under our names. What is left out is left out by name."""
     named, origin = {}, {}
@@ -394,7 +438,6 @@ def rename(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
             raise ValueError(f"{theirs} and {origin[ours]} are one tensor of the encoder")
         named[ours], origin[ours] = tensors[theirs], theirs
     return named
-
 
 def recognise(tensors: dict[str, Tensor], named: dict[str, Tensor], stated: dict) -> ViTConfig:
     """The architecture that the tensors show; what is stated beside them fills the rest and has to agree."""
@@ -433,7 +476,6 @@ def recognise(tensors: dict[str, Tensor], named: dict[str, Tensor], stated: dict
     if cfg.heads < 1 or width % cfg.heads:
         raise ValueError(f"no number of heads for width {width}: state num_attention_heads, which has to divide it, in a config.json beside the file")
     return cfg
-
 
 def fill(model: ViT, named: dict[str, Tensor], dtype: torch.dtype) -> None:
     """Give every tensor of the model its values and every tensor of the file its place, or raise a ValueError that names it. Empties named."""
@@ -481,7 +523,6 @@ def fill(model: ViT, named: dict[str, Tensor], dtype: torch.dtype) -> None:
         raise ValueError(f"no place for {len(named)} of its tensors, {', '.join(sorted(named)[:6])}")
     model.load_state_dict(state, assign=True)
 
-
 # ------------------------------------------------------------------------------------------------ finding the file
 
 HUB = {  # preset -> repository on the public hub; -reg: with registers
@@ -491,7 +532,6 @@ HUB = {  # preset -> repository on the public hub; -reg: with registers
     **{f"dinov2-{size[0]}14": f"facebook/dinov2-{size}" for size in ("small", "base", "large", "giant")},
     **{f"dinov2-{size[0]}14-reg": f"facebook/dinov2-with-registers-{size}" for size in ("small", "base", "large", "giant")}}
 WEIGHTS = ("model.safetensors", "open_clip_model.safetensors", "pytorch_model.bin", "open_clip_pytorch_model.bin")
-
 
 def find_weights(name_or_path: str) -> Path:
     """The file of weights behind a preset's name, a folder or a path."""
@@ -503,7 +543,6 @@ def find_weights(name_or_path: str) -> Path:
     if not files:
         raise ValueError(f"{path} holds none of {', '.join(WEIGHTS)}")
     return files[0]
-
 
 def fetch(repo: str) -> Path:
     """A folder with a hub repository's config.json and weights: from the hub's own cache, from ours, or downloaded into ours."""
@@ -534,7 +573,6 @@ def fetch(repo: str) -> Path:
             return ours
     raise ValueError(f"{repo} holds neither model.safetensors nor pytorch_model.bin")
 
-
 @torch.no_grad()
 def load_encoder(name_or_path: str | Path, dtype: torch.dtype = torch.float32) -> ViT:
     """A public encoder, frozen and in eval mode: it is the understanding that generation is aligned with, so it has to stay.
@@ -552,7 +590,6 @@ def load_encoder(name_or_path: str | Path, dtype: torch.dtype = torch.float32) -
         raise ValueError(f"{file}: {error}") from None
     return model.eval().requires_grad_(False)
 
-
 # ------------------------------------------------------------------------------------------------ what the encoder sees
 
 def load_image(path: str, cfg: ViTConfig) -> Tensor:
@@ -566,7 +603,6 @@ def load_image(path: str, cfg: ViTConfig) -> Tensor:
     from torchvision.transforms.functional import to_tensor  # here, since it takes a second to import
     return to_tensor(image.resize(size, Image.Resampling.BICUBIC))[None]
 
-
 def pca_colours(tokens: Tensor) -> Tensor:
     """(N, D) -> (N, 3) in [0, 1]: the first three principal components as red, green and blue (as in arXiv 2304.07193)."""
     tokens = tokens - tokens.mean(dim=0)
@@ -575,7 +611,6 @@ def pca_colours(tokens: Tensor) -> Tensor:
     colours = tokens @ axes.T                                                                        # (N, 3)
     colours = colours - colours.amin(dim=0)
     return colours / colours.amax(dim=0).clamp_min(1e-12)
-
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Show what an encoder is and, for each IMG, what it sees: IMG_pca.png")
@@ -594,7 +629,6 @@ def main() -> None:
         from torchvision.transforms.functional import to_pil_image
         to_pil_image(torch.cat([image[0], picture], dim=2)).save(out)
         print(f"{out}: the image, and its patch tokens' first three principal components as colours")
-
 
 if __name__ == "__main__":
     try:

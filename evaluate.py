@@ -42,7 +42,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from data import (COLORS, EDITS, GRID, KINDS, NUMBERS, PLURALS, SHAPES, USUAL_COLOR, Claim, Scene, Shapes, Thing, describe, holds, is_full, parse, random_edit, random_scene, render,
                   sprites, to_grid)
-from sample import caption, edit, image_grid, load_checkpoint, reconstruct, sample_image, text_to_image
+from sample import caption, edit, load_checkpoint, reconstruct, sample_image, text_to_image
 
 ERROR_LIMIT = 0.02  # mean squared error above which a cell holds nothing that we know; another shape or color is at 0.02 to 0.3
 CATEGORIES = ["single", "two", "counting", "color", "position", "attribute"]
@@ -54,7 +54,6 @@ PROMPTS = {
     "dense": ("several", (1, 0, 1), False),
 }
 
-
 def read_cells(images, atlas):
     """Images (B, 3, H, W) in [0, 1] -> cells (B, G) as in data.py, -1 where no render is near. atlas: data.sprites."""
     cells = rearrange(images, "b k (r h) (c w) -> b (r c) (k h w)", r=GRID, c=GRID)
@@ -64,7 +63,6 @@ def read_cells(images, atlas):
     background = error.sum(-1).argmin(0)                                         # (B,): one for all cells of an image
     error, content = (x[background, torch.arange(len(images))] for x in (error, content))
     return torch.where(error < ERROR_LIMIT, content, -1)
-
 
 def prompts(category: str, n: int, seed: int = 0) -> list[str]:
     """n prompts of a category, the same for the same seed."""
@@ -76,24 +74,20 @@ def prompts(category: str, n: int, seed: int = 0) -> list[str]:
             out.append(describe(scene, rng, *chances))
     return out
 
-
 def interval(p: float, n: int) -> list[float]:
     """Wilson's 95% interval of a share p of n cases."""
     z = 1.96
     middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     return [round((middle - half) / (1 + z * z / n), 4), round((middle + half) / (1 + z * z / n), 4)]
 
-
 def edits(n: int, seed: int = 0) -> list[tuple[Scene, str, Scene]]:
     """n edits, of all kinds in turn: a scene, the instruction, and the scene that has to come."""
     return [random_edit(random.Random(f"edit {seed} {i}"), EDITS[i % len(EDITS)]) for i in range(n)]
-
 
 def score(hits) -> tuple[float, int, list[float]]:
     """Right or wrong by case, never none -> share right, cases, 95% interval."""
     share = sum(hits) / len(hits)
     return share, len(hits), interval(share, len(hits))
-
 
 def mean(values) -> tuple[float, int, list[float]]:
     """The same for numbers that are no shares."""
@@ -101,11 +95,9 @@ def mean(values) -> tuple[float, int, list[float]]:
     middle, half = values.mean().item(), 1.96 * values.std().item() / len(values) ** 0.5 if len(values) > 1 else math.inf
     return middle, len(values), [round(middle - half, 4), round(middle + half, 4)]
 
-
 def objects(grid) -> Counter:
     """(shape, color), as a cell says it -> how many there are."""
     return Counter(cell for cell in grid if cell > 0)
-
 
 def attributes(claim: Claim | None, scene: Scene) -> dict[str, bool]:
     """Whether a caption is right on each attribute by itself. A group has no arrangement."""
@@ -118,20 +110,16 @@ def attributes(claim: Claim | None, scene: Scene) -> dict[str, bool]:
         right["arrangement"] = placed and holds(Claim(tuple((count, None, shape, cell) for count, _, shape, cell in phrases), relations), to_grid(scene))
     return right
 
-
 def atlas_of(loaded) -> torch.Tensor:
     return sprites(loaded.model.cfg.image_size // GRID)
-
 
 def draw_scenes(scenes: list[Scene], atlas) -> torch.Tensor:
     """Their true pictures (B, 3, H, W)."""
     return render(torch.tensor([to_grid(s) for s in scenes]), torch.tensor([s.background for s in scenes]), atlas)
 
-
 def results_of(found: dict[str, tuple]) -> dict:
     """{category: (value, cases, interval)} -> the form of results.json."""
     return {c: value for c, (value, _, _) in found.items()} | {"cases": {c: cases for c, (_, cases, _) in found.items()}, "interval": {c: i for c, (_, _, i) in found.items()}}
-
 
 @torch.no_grad()
 def evaluate(loaded, n: int = 240, seed: int = 0) -> dict:
@@ -173,7 +161,6 @@ def evaluate(loaded, n: int = 240, seed: int = 0) -> dict:
     found = {name: score(row) for name, row in hits.items() if row} | found
     return {"overall": sum(found[c][0] for c in CATEGORIES) / len(CATEGORIES)} | results_of(found)
 
-
 @torch.no_grad()
 def photographs(loaded, dataset, n: int = 240, seed: int = 0) -> dict:
     """Held-out photographs, drawn again from their visual words, and drawn from their captions.
@@ -197,18 +184,15 @@ def photographs(loaded, dataset, n: int = 240, seed: int = 0) -> dict:
     return {"psnr": (-10 * mse.log10()).mean().item(), "cosine": cosine(real, fake).mean().item(), "t2i_cosine": cosine(real, told).mean().item(),
             "frechet": frechet(real, fake), "mmd": 1000 * mmd(real, fake), "cases": {"photographs": n}}
 
-
 def pooled(features):
     """The encoder's one vector an image; where it has none, the mean of its patch tokens. (B, P)."""
     return (features.pooled if features.pooled is not None else features.patch_tokens.mean(1)).float()
-
 
 def frechet(a, b) -> float:
     """|mean_a - mean_b|^2 + tr(A + B - 2 (A B)^(1/2)) of features (n, P) (arXiv 1706.08500, eq. 6); biased upwards for small n."""
     A, B = (x.double().T.cov() for x in (a, b))
     root = torch.linalg.eigvals(A @ B).real.clamp(min=0).sqrt().sum()
     return ((a - b).double().mean(0).square().sum() + A.trace() + B.trace() - 2 * root).item()
-
 
 def mmd(a, b, sigma: float = 10.0) -> float:
     """Squared maximum mean discrepancy of unit features times sqrt(P), Gaussian kernel; without the diagonal, so unbiased."""
@@ -217,10 +201,8 @@ def mmd(a, b, sigma: float = 10.0) -> float:
     within = lambda x: (kernel(x, x).sum() - len(x)) / (len(x) * (len(x) - 1))
     return (within(a) + within(b) - 2 * kernel(a, b).mean()).item()
 
-
 TITLES = {"pretrain": "base", "sft": "SFT", "reca": "RecA"}
 COLUMNS = [*CATEGORIES, "overall", "dense", "edit", "edit_direct", "reconstruction", "kept", "kept_places", "understanding", "psnr", "cosine", "t2i_cosine", "frechet", "mmd"]
-
 
 def table(results: dict) -> str:
     """results.json as aligned text, a checkpoint a line."""
@@ -228,20 +210,8 @@ def table(results: dict) -> str:
     head = f"{'':8}" + "".join(f"{c:>{max(len(c), 6) + 2}}" for c in columns)
     return "\n".join([head] + [f"{TITLES.get(name, name):8}" + "".join(f"{row[c]:{max(len(c), 6) + 2}.3f}" for c in columns) for name, row in results.items()])
 
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Pictures for people: checkpoints side by side, the same prompts and the same noise. note: a line below, how it was made
-
-
-def save_picture(rows, row_captions, column_captions, path, note: str = "") -> None:
-    grid, font = image_grid(rows, row_captions, column_captions, scale=2), ImageFont.load_default(size=15)
-    if note:
-        canvas = Image.new("RGB", (max(grid.width, int(font.getlength(note)) + 32), grid.height + 26), "white")
-        canvas.paste(grid)
-        ImageDraw.Draw(canvas).text((16, grid.height), note, fill="gray", font=font)
-        grid = canvas
-    grid.save(path)
-
 
 def compare(checkpoints: list, names: list[str], path, seed: int = 0, note: str = "", asked=None) -> None:
     """Prompts, drawn by each checkpoint."""
@@ -251,43 +221,36 @@ def compare(checkpoints: list, names: list[str], path, seed: int = 0, note: str 
         images = text_to_image(loaded.model, loaded.vocabulary, [words for words in asked for _ in range(many)], generator=torch.Generator().manual_seed(seed))
         for row, group in zip(rows, images.split(many)):
             row.append(group)
-    save_picture(rows, asked, [TITLES.get(name, name) for name in names], path, note)
-
+    image_grid(rows, asked, [TITLES.get(name, name) for name in names], 2, note).save(path)
 
 def compare_counts(*args) -> None:
     compare(*args, asked=[f"{number} {name}" for name in PLURALS[:2] for number in NUMBERS[1:]])
-
 
 def compare_broccoli(checkpoints: list, names: list[str], path, seed: int = 0, note: str = "") -> None:
     """Each shape in each color, in a row, as each checkpoint draws it."""
     groups = [color_test(c, 1, seed)[3].split(len(COLORS)) for c in checkpoints]
     captions = [f"{shapes} in {', '.join(COLORS)}; usually {COLORS[color]}" for shapes, color in zip(PLURALS, USUAL_COLOR)]
-    save_picture([list(row) for row in zip(*groups)], captions, names, path, note)
-
+    image_grid([list(row) for row in zip(*groups)], captions, names, 2, note).save(path)
 
 def redrawn(checkpoints: list, images, seed: int) -> list:
     """The images, and what each checkpoint draws from their visual words."""
     return [images] + [reconstruct(c.model, c.encoder, images, generator=torch.Generator().manual_seed(seed)).cpu() for c in checkpoints]
 
-
 def compare_reconstructions(checkpoints: list, names: list[str], path, seed: int = 0, note: str = "") -> None:
     """The paper's figure 5: four scenes of each kind."""
     rng = random.Random(f"reconstructions {seed}")
     images = draw_scenes([random_scene(rng, False, kind) for kind in KINDS for _ in range(4)], atlas_of(checkpoints[0]))
-    save_picture([list(row) for row in zip(*(group.split(4) for group in redrawn(checkpoints, images, seed)))], list(KINDS), ["input", *names], path, note)
-
+    image_grid([list(row) for row in zip(*(group.split(4) for group in redrawn(checkpoints, images, seed)))], list(KINDS), ["input", *names], 2, note).save(path)
 
 def compare_photographs(checkpoints: list, names: list[str], dataset, path, seed: int = 0, n: int = 16) -> None:
     """Held-out photographs; the caption is not read, only shown."""
     batch = dataset.__getitems__([(0, i * len(dataset) // n) for i in range(n)])
     captions = [checkpoints[0].vocabulary.decode(ids) for ids in batch["caption"].tolist()]
     rows = zip(*(group.split(1) for group in redrawn(checkpoints, batch["image"], seed)))
-    save_picture([list(row) for row in rows], captions, ["photograph", *(TITLES.get(name, name) for name in names)], path)
-
+    image_grid([list(row) for row in rows], captions, ["photograph", *(TITLES.get(name, name) for name in names)], 2).save(path)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Experiments: which runs of train.py, which of their checkpoints, which scores
-
 
 def color_test(loaded, k: int, seed: int):
     """The paper's figure 3, k objects of each shape and color, shape by shape: the objects, whether a caption names the color, whether it is drawn when
@@ -300,7 +263,6 @@ def color_test(loaded, k: int, seed: int):
     named = [COLORS[thing.color] in words.split() for thing, words in zip(things, said)]
     return things, named, [holds(parse(words), row) for words, row in zip(asked, read_cells(images, atlas).tolist())], images
 
-
 def broccoli(loaded, n: int, seed: int) -> dict:
     """n / 12 objects of each shape and color: the share recognized and drawn, of those in an unusual color, and of each ("drawn green star")."""
     things, *both, _ = color_test(loaded, k := max(1, n // 12), seed)
@@ -310,14 +272,12 @@ def broccoli(loaded, n: int, seed: int) -> dict:
         found |= {f"{name} {COLORS[thing.color]} {SHAPES[thing.shape]}": score(hits[i * k: i * k + k]) for i, thing in enumerate(things[::k])}
     return results_of(found)
 
-
 def broccoli_table(rows: dict) -> str:
     """Percent, by shape and color: recognized by the first row's checkpoint / drawn by it / drawn by the last row's."""
     (base, first), *_, (title, last) = rows.items()
     cell = lambda what: " / ".join(f"{100 * sum(run[f'{how} {what}'] for run in runs) / len(runs):.0f}" for how, runs in (("recognized", first), ("drawn", first), ("drawn", last)))
     lines = [[name, *(f"({cell(f'{color} {name}')})" if i == usual else cell(f"{color} {name}") for i, color in enumerate(COLORS))] for name, usual in zip(SHAPES, USUAL_COLOR)]
     return f"\nPercent recognized by {base} / drawn by {base} / drawn by {title}; the usual color in brackets:\n\n" + pipes(["", *COLORS], lines)
-
 
 def counts(loaded, n: int, seed: int) -> dict:
     """Groups of two, three and four: drawn when asked for, and counted right in captions."""
@@ -332,7 +292,6 @@ def counts(loaded, n: int, seed: int) -> dict:
         found[f"counted_{number}"] = score([attributes(parse(words), scene)["count"] for words, scene in zip(said, scenes)])
     return results_of(found)
 
-
 ABLATIONS = ["--images 500", "--images 5000", "--drop 0", "--drop 0.3", "--reca_lr 5e-4", "--reca_lr 4e-3", "--i2t 0", "--t2t 0", "--replay 0", "--trains attention",
              "--visual_words 4", "--visual_words 8", "--sharpness 0.3", "--sharpness 10", "--reverse_words", "--templates 1", "--templates 4", "--ema 0.99"]
 
@@ -346,13 +305,11 @@ RUNS = {
     "random": "--encoder random --align_steps 950", "clip": "--encoder {encoder} --encoder_size 96 --align_steps 950",
 } | {option[2:].replace(" ", "_"): f"--stage reca {option}" for option in ABLATIONS}
 
-
 class Experiment(NamedTuple):
     rows: dict[str, str]              # title: run/checkpoint. Differences are to the row before that is called "base", or to the first
     columns: list[str]
     measure: Callable = evaluate      # (loaded, n, seed) -> scores
     picture: Callable | None = compare
-
 
 BEFORE_AND_AFTER = {"base": "main/pretrain", "RecA": "main/reca"}
 MAIN = {"base": "main/pretrain", "SFT": "main/sft", "RecA": "main/reca"}
@@ -373,7 +330,6 @@ EXPERIMENTS = {
     "encoder": Experiment(BEFORE_AND_AFTER | {"base, random": "random/pretrain", "RecA, random": "random/reca", "base, CLIP": "clip/pretrain", "RecA, CLIP": "clip/reca"}, SCORES),
 }
 T95 = [12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262]  # Student's t, 97.5%, by the number of seeds less 2
-
 
 def make_run(name: str, seed: int, args) -> Path:
     """The folder of a run; trains it where there are no results yet, going on where it was stopped. Ends with train.py's exit code where that is not 0."""
@@ -398,7 +354,6 @@ def make_run(name: str, seed: int, args) -> Path:
             raise SystemExit(code)
     return folder
 
-
 def scores_of(row: str, seed: int, measure: Callable, args) -> dict:
     """The scores of a run/checkpoint: those in results.json where they are of as many cases, else measured, and kept beside them."""
     name, checkpoint = row.split("/")
@@ -411,7 +366,6 @@ def scores_of(row: str, seed: int, measure: Callable, args) -> dict:
         scores = json.loads(kept.read_text())
     log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()] if (folder / "log.jsonl").exists() else []
     return scores | {"recon_loss": line["recon"] for line in log if line["stage"] == checkpoint and "recon" in line}  # the last one
-
 
 def markdown(rows: dict[str, list[dict]], columns: list[str]) -> str:
     """{title: scores by seed} -> a table: means over seeds and, in brackets, the difference to the base with its 95% t-interval over seeds, paired by
@@ -426,7 +380,6 @@ def markdown(rows: dict[str, list[dict]], columns: list[str]) -> str:
         base = base or runs
     return pipes(["", *columns], lines)
 
-
 def difference(runs: list[dict], others: list[dict], column: str) -> str:
     """The mean difference with its interval; nothing where a score is missing."""
     gains = [run[column] - other[column] for run, other in zip(runs, others) if column in run and column in other]
@@ -435,10 +388,8 @@ def difference(runs: list[dict], others: list[dict], column: str) -> str:
     mean, half = sum(gains) / len(gains), T95[len(gains) - 2] * statistics.stdev(gains) / len(gains) ** 0.5 if len(gains) > 1 else None
     return f"{mean:+.3f}" + ("" if half is None else f" ± {half:.3f}" + ", open" * (half >= abs(mean)))
 
-
 def pipes(head: list[str], lines: list[list[str]]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in [head, ["---"] * len(head), *lines])
-
 
 def experiment(name: str, args) -> None:
     """Trains and scores what is not there yet, then assets/NAME.md and assets/NAME.png."""
@@ -456,7 +407,6 @@ def experiment(name: str, args) -> None:
         seed = args.seeds[0]
         checkpoints = [load_checkpoint(make_run(row.split("/")[0], seed, args) / f"{row.split('/')[1]}.pt", args.device) for row in rows.values()]
         picture(checkpoints, list(rows), Path("assets") / f"{name}.png", seed, f"{command} (seed {seed})")
-
 
 def main(argv=None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
@@ -486,7 +436,6 @@ def main(argv=None) -> None:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2)
-
 
 if __name__ == "__main__":
     main()

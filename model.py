@@ -30,10 +30,10 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange
-from einops.layers.torch import Rearrange
+
+from encoder import Tokenizer
 
 Linear, LayerNorm = partial(nn.Linear, bias=False), partial(nn.LayerNorm, bias=False)  # without biases they are as fast as any, everywhere
-
 
 @dataclass
 class ModelConfig:
@@ -70,7 +70,6 @@ class ModelConfig:
     def codes(self) -> int:  # C
         return math.prod(self.code_levels)
 
-
 class KVCache:
     """Keys and values of what was read so far: (depth, 2, B, H, length, D / H), room for `length` positions."""
     def __init__(self, cfg: ModelConfig, batch: int, length: int, device, dtype):
@@ -82,7 +81,6 @@ class KVCache:
         end = self.length + k.shape[2]
         self.kv[layer, 0, :, :, self.length:end], self.kv[layer, 1, :, :, self.length:end] = k, v
         return self.kv[layer, 0, :, :, :end], self.kv[layer, 1, :, :, :end]
-
 
 class Attention(nn.Module):
     """Multi-head attention; queries from x, keys and values from x or from `context`."""
@@ -99,7 +97,6 @@ class Attention(nn.Module):
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)            # (B, H, S, D / H)
         return self.out_proj(rearrange(out, "b h s d -> b s (h d)"))
 
-
 class Block(nn.Module):
     """Pre-norm transformer block: attention, optional cross-attention to `context`, MLP."""
     def __init__(self, width: int, heads: int, context_width: int | None = None):
@@ -114,7 +111,6 @@ class Block(nn.Module):
         if context is not None:
             x = x + self.cross(self.norm_cross(x), context=context)
         return x + self.down_proj(F.gelu(self.up_proj(self.norm2(x))))
-
 
 class Connector(nn.Module):
     """Patch tokens of the understanding encoder -> logits of K visual words."""
@@ -132,7 +128,6 @@ class Connector(nn.Module):
             x = block(x, context=context)
         return self.word_head(self.norm(x))                                      # (B, K, V)
 
-
 class TimeEmbedding(nn.Module):
     """t in [0, 1], any shape -> (..., D): sines and cosines, then an MLP (arXiv 2212.09748)."""
     def __init__(self, width: int, frequencies: int = 64):
@@ -144,9 +139,7 @@ class TimeEmbedding(nn.Module):
         angles = t.float()[..., None] * self.freqs
         return self.mlp(torch.cat([angles.cos(), angles.sin()], -1))
 
-
 # ---- The image positions, one class a paradigm: what they hold (`embed`), whom they see (`causal`), what their states become (`head`)
-
 
 class NoisedPatches(nn.Module):
     """flow: each position holds a noised patch, all at one time t, and says the clean patch (x-prediction, arXiv 2511.13720)."""
@@ -165,7 +158,6 @@ class NoisedPatches(nn.Module):
     def head(self, model, h):                                                    # (B, N, D) -> (B, N, P)
         return self.flow_head(h)
 
-
 class MaskedCodes(nn.Module):
     """mask: each position holds its code or [MASK]. Codes share wte and lm_head with the words: words, then codes, then [MASK]."""
     causal, holds_codes = False, True
@@ -178,11 +170,9 @@ class MaskedCodes(nn.Module):
     def head(self, model, h):                                                    # (B, N, D) -> (B, N, C): no word can be drawn
         return F.linear(h, model.lm_head.weight[model.cfg.vocab_size: -1])
 
-
 class CausalCodes(MaskedCodes):
     """ar: each position holds the code before its own; the first holds [MASK], which here says: an image begins."""
     causal = True
-
 
 class MaskedPatches(nn.Module):
     """mar: each position holds its clean patch or [MASK]; from its state a small MLP draws the patch (arXiv 2406.11838)."""
@@ -199,9 +189,7 @@ class MaskedPatches(nn.Module):
     def head(self, model, h):                                                    # (B, N, D), for flow_mlp
         return h
 
-
 IMAGES = {"flow": NoisedPatches, "ar": CausalCodes, "mask": MaskedCodes, "mar": MaskedPatches}
-
 
 class ModulatedMLP(nn.Module):
     """A residual MLP whose input is shifted and scaled, and whose output is gated, by a condition (adaLN-zero, arXiv 2212.09748)."""
@@ -213,7 +201,6 @@ class ModulatedMLP(nn.Module):
     def forward(self, x, c):                                                     # (..., W), (..., W) -> (..., W)
         shift, scale, gate = self.ada(c).chunk(3, -1)
         return x + gate * self.down_proj(F.silu(self.up_proj(self.norm(x) * (1 + scale) + shift)))
-
 
 class FlowMLP(nn.Module):
     """x-prediction for one patch: its noised self, its time and the transformer's state -> the clean patch (arXiv 2406.11838, 4.2; noise there)."""
@@ -232,65 +219,6 @@ class FlowMLP(nn.Module):
             x = block(x, c)
         return self.flow_head(self.norm(x))
 
-
-# ------------------------------------------------------------------------------- The image tokenizer of `ar` and `mask`
-
-
-class ResBlock(nn.Module):
-    def __init__(self, width: int):
-        super().__init__()
-        self.norm = nn.GroupNorm(8, width)
-        self.conv, self.out_conv = nn.Conv2d(width, width, 3, padding=1), nn.Conv2d(width, width, 1)
-
-    def forward(self, x):
-        return x + self.out_conv(F.silu(self.conv(F.silu(self.norm(x)))))
-
-
-class Tokenizer(nn.Module):
-    """A small convolutional autoencoder whose middle is rounded: finite scalar quantisation, FSQ (arXiv 2309.15505).
-
-    Each of the d = len(levels) channels is bounded and rounded to one of its few values; their combination is the code. No codebook to learn, so
-    none to collapse. Departure from the paper: (L - 1) (tanh z + 1) / 2 bounds odd and even L alike, without its half-step shift for even L.
-    """
-
-    def __init__(self, cfg: ModelConfig):
-        super().__init__()
-        w, d, first = cfg.code_width, len(cfg.code_levels), cfg.code_stride // 2
-        self.side = cfg.image_size // cfg.code_stride
-        self.register_buffer("levels", torch.tensor(cfg.code_levels), persistent=False)
-        self.register_buffer("basis", torch.tensor([math.prod(cfg.code_levels[:i]) for i in range(d)]), persistent=False)
-        self.encoder = nn.Sequential(nn.PixelUnshuffle(first), nn.Conv2d(3 * first ** 2, w, 3, padding=1), ResBlock(w), nn.PixelUnshuffle(2),
-                                     nn.Conv2d(4 * w, w, 1), ResBlock(w), ResBlock(w), nn.GroupNorm(8, w), nn.Conv2d(w, d, 1), Rearrange("b d h w -> b (h w) d"))
-        self.decoder = nn.Sequential(nn.Conv2d(d, w, 1), ResBlock(w), ResBlock(w), nn.Conv2d(w, 4 * w, 1), nn.PixelShuffle(2),
-                                     ResBlock(w), nn.GroupNorm(8, w), nn.Conv2d(w, 3 * first ** 2, 3, padding=1), nn.PixelShuffle(first))
-
-    def quantize(self, z):
-        """Any z (..., d) -> rounded values in [-1, 1]; the gradient passes straight through the rounding."""
-        x = (self.levels - 1) * (z.tanh() + 1) / 2                               # [0, L - 1]
-        x = x + (x.round() - x).detach()
-        return 2 * x / (self.levels - 1) - 1
-
-    def to_codes(self, values):                                                  # rounded values (..., d) in [-1, 1] -> codes (...) in [0, C)
-        return (((values + 1) / 2 * (self.levels - 1)).round().long() * self.basis).sum(-1)
-
-    def to_values(self, codes):                                                  # codes (...) in [0, C) -> values (..., d) in [-1, 1]
-        return 2 * (codes[..., None] // self.basis % self.levels) / (self.levels - 1) - 1
-
-    def forward(self, images):                                                   # (B, 3, H, W) in [0, 1] -> the same through the bottleneck
-        return self.decode_values(self.quantize(self.encoder(images * 2 - 1)))
-
-    def decode_values(self, values):                                             # (B, N, d) -> images (B, 3, H, W)
-        return self.decoder(rearrange(values, "b (h w) d -> b d h w", h=self.side)) / 2 + 0.5
-
-    @torch.no_grad()
-    def encode(self, images):                                                    # (B, 3, H, W) in [0, 1] -> codes (B, N)
-        return self.to_codes(self.quantize(self.encoder(images * 2 - 1)))
-
-    @torch.no_grad()
-    def decode(self, codes):                                                     # (B, N) -> images (B, 3, H, W) in [0, 1]
-        return self.decode_values(self.to_values(codes)).clamp(0, 1)
-
-
 class UnifiedModel(nn.Module):
     """Words, visual words and image positions through one transformer: one head for words and codes, one for patches."""
     def __init__(self, cfg: ModelConfig):
@@ -300,7 +228,7 @@ class UnifiedModel(nn.Module):
         assert cfg.paradigm in IMAGES, f"{cfg.paradigm=} must be one of {', '.join(IMAGES)}"
         self.cfg = cfg
         self.image = IMAGES[cfg.paradigm](cfg)
-        self.tokenizer = Tokenizer(cfg) if self.image.holds_codes else None      # trained first, then frozen
+        self.tokenizer = Tokenizer(cfg.image_size, cfg.code_stride, cfg.code_levels, cfg.code_width) if self.image.holds_codes else None      # trained first, then frozen
         tokens = cfg.vocab_size + (cfg.codes + 1 if self.image.holds_codes else 0)  # words, codes, [MASK]
         self.wte = nn.Embedding(tokens, cfg.width)
         self.text_pos = nn.Parameter(torch.empty(2 * cfg.text_len, cfg.width))   # a prefix, and the words that answer it
@@ -423,7 +351,6 @@ class UnifiedModel(nn.Module):
         cache.length += x.shape[1] if self.image.causal else 0
         return self.image.head(self, h)
 
-
 class CaptionTower(nn.Module):
     """The throw-away text side that trains an understanding encoder from scratch, as CoCa does (arXiv 2205.01917; SigLIP 2 too).
 
@@ -457,10 +384,8 @@ class CaptionTower(nn.Module):
             x = block(x, mask=mask, context=patch_tokens)
         return text, self.lm_head(self.norm(x))
 
-
 def causal_mask(length: int, device) -> torch.Tensor:                            # (length, length), True where a row may see a column: itself and all before it
     return torch.ones(length, length, dtype=torch.bool, device=device).tril()
-
 
 def prefix_mask(T: int, N: int, draws: int, causal: bool, device) -> torch.Tensor:
     """(T + draws * N) squared: the prefix is causal; an image sees the prefix and itself, all of it or what is before."""
@@ -470,10 +395,8 @@ def prefix_mask(T: int, N: int, draws: int, causal: bool, device) -> torch.Tenso
     seen = row[:, None] >= row
     return mine & (seen if causal else seen | (row[:, None] >= T))
 
-
 def patchify(images, patch_size: int):                                           # (B, 3, H, W) in [0, 1] -> patches (B, N, P) in [-1, 1]
     return rearrange(images * 2 - 1, "b c (h p) (w q) -> b (h w) (p q c)", p=patch_size, q=patch_size)
-
 
 def unpatchify(patches, patch_size: int):                                        # (B, N, P) in [-1, 1] -> images (B, 3, H, W) in [0, 1], clamped
     side = int(patches.shape[1] ** 0.5)

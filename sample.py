@@ -13,27 +13,23 @@ import argparse
 import math
 import os
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
-from itertools import repeat
 from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
-from PIL import Image, ImageDraw, ImageFont
 
-from data import BOS, EOS, PAD, Vocabulary, decode, to_tensor
+from data import BOS, EOS, PAD, Vocabulary, image_grid, read_images
 from encoder import ViT, ViTConfig, load_encoder
 from model import ModelConfig, UnifiedModel, unpatchify
-from recon_loss import interpolate, null_prefix, raw_prefix, see
+from recon_loss import interpolate, null_prefix, recon_prefix, see
 
 FORMAT = 1          # of a checkpoint, see load_checkpoint
 MAX_BATCH = 128     # images drawn at a time
 TIME_POWER = 1.5    # t_i = (i / steps)^1.5: more steps near the noise, where layout and color are decided
 CHOICE_NOISE = 4.5  # mask: how much chance there is in which codes are kept first, arXiv 2202.04200's code
 HEAD_STEPS = 25     # mar: steps of the head for each group of patches
-
 
 @dataclass(frozen=True)
 class Sampling:
@@ -43,9 +39,7 @@ class Sampling:
     renew: float = 0.0        # flow, mar: share of the noise drawn anew at each step; 0 is Euler's, 1 forgets the noise of before
     temperature: float = 1.0  # of the codes (ar, mask: 0 is greedy) or of the noise (flow, mar)
 
-
 # --------------------------------------------- One sampler for each paradigm: prefixes (B, T, D) -> images (B, 3, H, W)
-
 
 def sample_flow(model, prefix, how, generator):
     """flow: from noise (t = 0) to image (t = 1), all patches together."""
@@ -54,7 +48,6 @@ def sample_flow(model, prefix, how, generator):
     shape = len(prefix), model.cfg.image_len, 3 * model.cfg.patch_size ** 2
     return unpatchify(denoise(predict, shape, model, how, how.steps, generator), model.cfg.patch_size)
 
-
 def sample_ar(model, prefix, how, generator):
     """ar: code by code, in reading order."""
     look = read_guided(model, prefix, how)
@@ -62,7 +55,6 @@ def sample_ar(model, prefix, how, generator):
     for _ in range(model.cfg.image_len):
         codes.append(draw(guided(how, look, codes[-1]), how.temperature, generator))  # (B, 1)
     return model.tokenizer.decode(torch.cat(codes[1:], 1))
-
 
 def sample_mask(model, prefix, how, generator):
     """mask: all codes at once, keep those most sure of, and again (MaskGIT, arXiv 2202.04200, section 3.2). How sure: the log-probability
@@ -78,7 +70,6 @@ def sample_mask(model, prefix, how, generator):
         codes = torch.where(codes == mask, drawn, codes).scatter(1, order[:, :left], mask)
     return model.tokenizer.decode(codes)
 
-
 def sample_mar(model, prefix, how, generator):
     """mar: patches in a random order, a group at a time, each patch drawn by the flow MLP (arXiv 2406.11838, section 3.4)."""
     look, B, N, P = read_guided(model, prefix, how), len(prefix), model.cfg.image_len, 3 * model.cfg.patch_size ** 2
@@ -93,14 +84,12 @@ def sample_mar(model, prefix, how, generator):
         x, masked, done = x.scatter(1, group.expand_as(drawn), drawn), masked.scatter(1, group[..., 0], False), N - left
     return unpatchify(x, model.cfg.patch_size)
 
-
 IMAGE_SAMPLER = {  # what each paradigm draws with, and how unless told otherwise
     "flow": (sample_flow, Sampling(cfg_scale=2.0, steps=50, renew=1.0)),
     "ar": (sample_ar, Sampling(cfg_scale=1.5, temperature=0.5)),
     "mask": (sample_mask, Sampling(cfg_scale=2.0, steps=18, temperature=0.7)),
     "mar": (sample_mar, Sampling(cfg_scale=2.5, steps=9)),
 }
-
 
 def denoise(predict, shape, model, how, steps, generator):
     """Noise -> patches (B, N, P) in so many steps, t_i = (i / steps)^TIME_POWER; predict(x_t, t) is the clean image that the model sees.
@@ -119,7 +108,6 @@ def denoise(predict, shape, model, how, steps, generator):
         x_t = interpolate(x_pred, noise, t_next)
     return x_t
 
-
 def masked_left(N, steps):
     """How many of N positions are still masked after each pass: N cos(pi k / 2 K); each pass decides one or more, the last all."""
     left, k = N, 0
@@ -128,23 +116,19 @@ def masked_left(N, steps):
         left = max(0, min(left - 1, int(N * math.cos(math.pi / 2 * k / steps))))
         yield left
 
-
 def gumbel(like, generator):
     """Noise whose largest entry, added to log-probabilities, is a draw from them; of the shape of `like`."""
     return -torch.empty(like.shape).exponential_(generator=generator).log().to(like)
 
-
 def draw(logits, temperature, generator):
     """One id from softmax(logits / temperature), by the Gumbel-max trick; 0 is greedy. (..., C) -> (...)."""
     return (logits + temperature * gumbel(logits, generator) if temperature else logits).argmax(-1)
-
 
 def read_guided(model, prefix, how):
     """Reads the prefixes (B, T, D) once, for guidance with as many empty conditions behind them: predict_image without a prefix."""
     if how.cfg_scale != 1:
         prefix = torch.cat([prefix, null_prefix(model).expand_as(prefix)])       # (2 B, T, D)
     return partial(model.predict_image_cached, model.read_prefix(prefix, room=model.cfg.image_len))
-
 
 def guided(how, look, *inputs):
     """uncond + s * (cond - uncond), arXiv 2207.12598: look of inputs (B, ...) with the condition and without -> (B, ...)."""
@@ -153,18 +137,18 @@ def guided(how, look, *inputs):
     cond, uncond = look(*(torch.cat([x, x]) for x in inputs)).chunk(2)
     return uncond + how.cfg_scale * (cond - uncond)
 
-
 # -------------------------------------------------------- What a checkpoint can do; **options are those of sample_image
-
 
 @torch.no_grad()
 def sample_image(model, prefix, generator=None, **options):
-    """Prefixes (B, T, D) -> images (B, 3, H, W) in [0, 1], at most MAX_BATCH at a time. options: fields of Sampling, None for the default."""
+    """Prefixes (B, T, D) -> images (B, 3, H, W) in [0, 1], at most MAX_BATCH at a time. options: fields of Sampling, None for the default;
+    ValueError for what they cannot be."""
     sampler, how = IMAGE_SAMPLER[model.cfg.paradigm]
     how = replace(how, renew=min(how.renew, model.cfg.renew))
     how = replace(how, **{name: value for name, value in options.items() if value is not None})
+    if not (how.steps >= 1 and 0 <= how.renew <= 1 and how.cfg_scale >= 0 and how.temperature >= 0):
+        raise ValueError(f"{how}: at least 1 step, renew in [0, 1], cfg_scale and temperature at least 0")
     return torch.cat([sampler(model, chunk, how, generator) for chunk in prefix.split(MAX_BATCH)])
-
 
 @torch.no_grad()
 def sample_words(model, prefix):
@@ -176,25 +160,21 @@ def sample_words(model, prefix):
         x, ids = model.wte(new), torch.cat([ids, new], 1)
     return ids
 
-
 @torch.no_grad()
 def see_words(model, encoder, images):
     """Images (B, 3, H, W) in [0, 1] -> visual words (B, K, V)."""
     return torch.cat([see(model, encoder, chunk.to(model.device)) for chunk in images.split(MAX_BATCH)])
-
 
 def text_to_image(model, vocabulary, prompts, **options):
     """One image for each prompt: (B, 3, H, W). Raises ValueError for an unknown word or a prompt that is too long."""
     ids = torch.tensor([vocabulary.encode(prompt, model.cfg.text_len, strict=True) for prompt in prompts], device=model.device)
     return sample_image(model, model.text_prefix(ids), **options)
 
-
 def reconstruct(model, encoder, images, **options):
     """The images drawn again from their visual words alone (or what `ModelConfig.condition` puts there): (B, 3, H, W) -> (B, 3, H, W)."""
-    if model.cfg.condition != "words":
-        return sample_image(model, raw_prefix(model, encoder, images.to(model.device)), **options)
-    return sample_image(model, model.visual_prefix(see_words(model, encoder, images)), **options)
-
+    with torch.no_grad():
+        prefix = torch.cat([recon_prefix(model, encoder, chunk.to(model.device)) for chunk in images.split(MAX_BATCH)])
+    return sample_image(model, prefix, **options)
 
 def edit(model, encoder, vocabulary, images, instructions, think=True, **options):
     """The images, changed as the instructions say; no edited image was trained on. See `edit_words` for the prefix.
@@ -208,12 +188,10 @@ def edit(model, encoder, vocabulary, images, instructions, think=True, **options
         prefix = model.text_prefix(F.pad(ids, (0, model.cfg.text_len - ids.shape[1]), value=PAD))
     return sample_image(model, prefix, **options)
 
-
 def caption(model, encoder, vocabulary, images):
     """What the model says of the images (B, 3, H, W): a list of sentences."""
     prefix = model.visual_prefix(see_words(model, encoder, images))
     return [vocabulary.decode(ids.tolist()) for chunk in prefix.split(MAX_BATCH) for ids in sample_words(model, chunk)]
-
 
 def edit_words(words, vocabulary, instructions):
     """Visual words (B, K, V) go on with the instruction where they end, at their own <eos>: `w_1 .. w_i instruction <eos> <pad>`. If it is
@@ -225,16 +203,13 @@ def edit_words(words, vocabulary, instructions):
         row[start:] = F.one_hot(torch.tensor((ids + [PAD] * K)[: K - start]), row.shape[-1]).to(row)
     return words
 
-
 def readable(words, vocabulary, sure=0.9):
     """One image's visual words (K, V) as a line, up to <eos>: `a yellow star <eos>`; a word less than 90% sure with its percentage."""
     chances, ids = (x.tolist() for x in words.max(-1))
     line = [vocabulary.words[i] + ("" if p >= sure else f"({p:.0%})") for p, i in zip(chances, ids)]
     return " ".join(line[: [*ids, EOS].index(EOS) + 1])
 
-
 # ---------------------------------------------------------------------------------------------------------- Checkpoints
-
 
 def read_checkpoint(path) -> dict:
     """The dictionary that train.py saved (Run.checkpoint): plain types and tensors, so that no code is run when it is read. ValueError in one sentence."""
@@ -248,7 +223,6 @@ def read_checkpoint(path) -> dict:
     if found != FORMAT:
         raise ValueError(f"the checkpoint {path} has format {found}, this code reads format {FORMAT}: train it again")
     return saved
-
 
 def load_checkpoint(path, device="cpu"):
     """What a checkpoint holds: model, encoder, vocabulary, config, stage, step. Both modules in eval mode and frozen, the averaged weights
@@ -267,48 +241,11 @@ def load_checkpoint(path, device="cpu"):
     except (KeyError, TypeError, AssertionError, RuntimeError) as error:
         raise ValueError(f"the checkpoint {path} does not fit this code ({' '.join(str(error).split()):.120}): train it again") from None
 
-
-# --------------------------------------------------------------------------------------- Pictures, and the command line
-
-
-def image_grid(rows, row_captions=(), column_captions=(), scale=None):
-    """Rows of images with their captions -> one PIL image. A row is a tensor (C, 3, H, W) in [0, 1], or a list of them, groups set apart:
-    [base, sft, reca]; none is longer than the first. A row's caption stands above it, a column's above its group. Images are magnified without
-    blur by the whole number `scale`, by default to about 96 pixels."""
-    rows = [row if isinstance(row, list) else [row] for row in rows]
-    scale = scale or max(1, round(96 / rows[0][0].shape[-1]))
-    gap, margin, line, font = 4, 16, 22 if row_captions else 0, ImageFont.load_default(size=15)
-    large = lambda group: F.pad(F.interpolate(group.float().cpu().clamp(0, 1), scale_factor=scale), (0, gap, 0, gap), value=1)
-    from torchvision.transforms.functional import to_pil_image  # here, since it takes a second to import
-    rows = [[to_pil_image(rearrange(large(group), "n c h w -> c h (n w)")) for group in row] for row in rows]
-    lefts = [margin + sum(group.width - gap + margin for group in rows[0][:g]) for g in range(len(rows[0]) + 1)]
-    tops = [margin // 2 + 22 * bool(column_captions) + i * (rows[0][0].height + line) for i in range(len(rows) + 1)]
-    texts = [*zip(row_captions, repeat(margin), tops), *zip(column_captions, lefts, repeat(margin // 2))]
-    right = max([lefts[-1]] + [int(left + font.getlength(text)) + margin for text, left, _ in texts])
-    canvas = Image.new("RGB", (right, tops[-1] + margin // 2), "white")
-    for text, left, top in texts:
-        ImageDraw.Draw(canvas).text((left, top), text, fill="black", font=font)
-    for row, top in zip(rows, tops):
-        for group, left in zip(row, lefts):
-            canvas.paste(group, (left, top + line))
-    return canvas
-
-
-def read_images(paths, size):
-    """Picture files -> (B, 3, size, size) in [0, 1]. Raises ValueError that names the one that cannot be read."""
-    pictures = []
-    for path in paths:
-        try:
-            pictures.append(decode(path, size))
-        except Exception as error:  # Pillow raises nearly anything
-            raise ValueError(f"cannot read the image {path}: {error}") from None
-    return to_tensor(pictures)
-
+# ---------------------------------------------------------------------------------------------------- The command line
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise ValueError(f"{message} (python sample.py --help lists the options)")
-
 
 def parse_args(argv):
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
@@ -316,46 +253,42 @@ def parse_args(argv):
     parser.add_argument("--prompt", help="what to draw, or the instruction of --edit")
     for name, text in {"reconstruct": "to see and draw again", "edit": "to change as --prompt says", "caption": "to describe"}.items():
         parser.add_argument(f"--{name}", nargs="+", metavar="IMG", help=f"images {text}")
+    parser.add_argument("--n", type=int, default=4, help="images for the prompt, or for each image (4)")
+    for f in fields(Sampling):
+        parser.add_argument(f"--{f.name}", type=f.type, help="see class Sampling; by default the paradigm's own")
     parser.add_argument("--out", default="grid.png", help="where the picture goes")
     parser.add_argument("--seed", type=int, default=0)
     devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
     parser.add_argument("--device", choices=devices, default=devices[0])
-    how = "see class Sampling; by default the paradigm's own"
-    numbers = {"n": (int, 1, "images for the prompt (16), or for each image (4)"), "steps": (int, 1, how), "cfg_scale": (float, 0, how), "temperature": (float, 0, how)}
-    for name, (kind, _, text) in numbers.items():
-        parser.add_argument(f"--{name}", type=kind, help=text)
     args = parser.parse_args(argv)
     if bool(args.reconstruct) + bool(args.caption) + bool(args.prompt) != 1 or args.edit and not args.prompt:
         parser.error("give one of --prompt TEXT, --reconstruct IMG, --caption IMG, or --edit IMG with --prompt TEXT")
-    for name, (_, least, _) in numbers.items():
-        if getattr(args, name) is not None and not getattr(args, name) >= least:
-            parser.error(f"--{name} is {getattr(args, name)}, it must be at least {least}")
+    if args.n < 1:
+        parser.error(f"--n is {args.n}, it must be at least 1")
     if not os.access(os.path.dirname(args.out) or ".", os.W_OK) or not args.out.lower().endswith((".png", ".jpg", ".webp")):
         parser.error(f"--out {args.out} cannot be written: it must be a .png, .jpg or .webp in a folder that exists and is yours")
     return args
-
 
 def run(args):
     """What the command line asks for: prints captions, or draws and saves. Raises ValueError or OSError in one sentence."""
     loaded = load_checkpoint(args.ckpt, args.device)
     model, encoder, vocabulary = loaded.model, loaded.encoder, loaded.vocabulary
-    options = dict(cfg_scale=args.cfg_scale, steps=args.steps, temperature=args.temperature, generator=torch.Generator().manual_seed(args.seed))
-    paths, n = args.reconstruct or args.caption or args.edit, args.n or 4
+    options = {f.name: getattr(args, f.name) for f in fields(Sampling)} | {"generator": torch.Generator().manual_seed(args.seed)}
+    paths = args.reconstruct or args.caption or args.edit
     if not paths:
-        drawn = text_to_image(model, vocabulary, [args.prompt] * (args.n or 16), **options)
+        drawn = text_to_image(model, vocabulary, [args.prompt] * args.n, **options)
         grid = image_grid(drawn.split(8), [args.prompt])
     else:
         images = read_images(paths, model.cfg.image_size)
-        seen, many = [readable(words, vocabulary) for words in see_words(model, encoder, images)], images.repeat_interleave(n, 0)
+        seen, many = [readable(words, vocabulary) for words in see_words(model, encoder, images)], images.repeat_interleave(args.n, 0)
         if args.caption:
             for path, words, sentence in zip(paths, seen, caption(model, encoder, vocabulary, images)):
                 print(f"{path}: {sentence}\n    visual words: {words}")
             return
         drawn = edit(model, encoder, vocabulary, many, [args.prompt] * len(many), **options) if args.edit else reconstruct(model, encoder, many, **options)
-        grid = image_grid([[a[None], b] for a, b in zip(images, drawn.split(n))], seen, ["image", args.prompt or "from its visual words"])
+        grid = image_grid([[a[None], b] for a, b in zip(images, drawn.split(args.n))], seen, ["image", args.prompt or "from its visual words"])
     grid.save(args.out)
     print(f"{len(drawn)} images in {args.out}")
-
 
 def main(argv=None):
     try:
@@ -363,7 +296,6 @@ def main(argv=None):
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
-
 
 if __name__ == "__main__":
     main()

@@ -284,7 +284,9 @@ def test_bad_input_gets_one_sentence_and_exit_code_2(tmp_path, capsys):
         (["--ckpt", good, "--reconstruct", tmp_path / "none.png", "--out", out], "none.png"),
         (["--ckpt", good, "--edit", tmp_path / "broken.png", "--out", out], "--prompt"),
         (["--ckpt", good, "--out", out], "give one of"),
-        (["--ckpt", good, *draw, "--steps", "0"], "--steps is 0"),
+        (["--ckpt", good, *draw, "--steps", "0"], "steps=0"),
+        (["--ckpt", good, *draw, "--renew", "1.5"], "renew in [0, 1]"),
+        (["--ckpt", good, *draw, "--n", "0"], "--n is 0"),
         (["--ckpt", good, *draw, "--temprature", "1"], "--temprature"),
     ]:
         code, io = run(capsys, *argv)

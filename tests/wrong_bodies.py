@@ -151,8 +151,8 @@ WRONG = {
         ("logits instead of probabilities", "model.visual_words(features)", "model.connector(features)"),
     ],
     "recon_loss.recon_loss": [
-        ("no detach: the connector learns", "train_connector and torch.is_grad_enabled()", "torch.is_grad_enabled()"),
-        ("the connector never learns", "train_connector and torch.is_grad_enabled()", "False"),
+        ("no detach: the connector learns", "learns and torch.is_grad_enabled()", "torch.is_grad_enabled()"),
+        ("the connector never learns", "learns and torch.is_grad_enabled()", "False"),
         ("the condition is not used", "image_loss(model, prefix, images)", "image_loss(model, torch.zeros_like(prefix), images)"),
         ("nothing learns", "    return image_loss(model, prefix, images)", "    with torch.no_grad():\n        return image_loss(model, prefix, images)"),
         ("no condition is dropped", "image_loss(model, prefix, images)", "IMAGE_LOSS[model.cfg.paradigm](model, prefix, images)"),
