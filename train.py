@@ -55,10 +55,8 @@ from sample import load_checkpoint, read_checkpoint
 # ----------------------------------------------------------------------------------------------------------------------
 # Configuration: one dataclass, and the command line made from it
 
-
 def option(default, help: str, choices=None):
     return field(default=default, metadata={"help": help, "choices": choices})
-
 
 @dataclass
 class Config:
@@ -130,7 +128,6 @@ class Config:
     log_every: int = option(50, "steps between log lines")
     eval_n: int = option(64, "prompts of each category in the report")
 
-
 # words: a class's caption is seven words long, and parallel prediction would teach the other visual words to say <pad>.
 PHOTOS = dict(image_size=64, patch_size=8, width=384, depth=12, heads=6, text_len=33, encoder="clip-b16", words=0.0, pretrain_lr=1e-3, reca_lr=2e-4, eval_n=1000)
 LARGE = PHOTOS | dict(patch_size=16, width=768, heads=12)  # photographs from 128 px on: JiT-B's sizes, arXiv 2511.13720
@@ -143,17 +140,14 @@ CHANGEABLE = {"resume", "out_dir", "data_dir", "cache_dir", "device", "dtype", "
 RANK, LOCAL_RANK = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))  # of this process; torchrun sets them
 WORLD, LOCAL_WORLD = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # how many there are; of them on this machine
 
-
 def say(message: str) -> None:
     if RANK == 0:
         tqdm.write(message)
-
 
 def fail(message: str):
     """A user's mistake: one sentence, exit code 2."""
     print(f"error: {message}" if RANK == 0 else f"error in process {RANK}: {message}", file=sys.stderr)
     raise SystemExit(2)
-
 
 class Parser(argparse.ArgumentParser):
     """Argparse that answers a wrong option with the nearest right one."""
@@ -164,7 +158,6 @@ class Parser(argparse.ArgumentParser):
         hint = f"; did you mean {near[0][0]}?" if near and near[0] and "unrecognized" in message else ""
         fail(f"{message}{hint} (python {Path(self.prog).name} --help lists the options)")
 
-
 def parse_config(argv) -> tuple[Config, dict]:
     """Command line over the data set's preset over the defaults; and what the command line gives."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
@@ -174,7 +167,6 @@ def parse_config(argv) -> tuple[Config, dict]:
     given = vars(parser.parse_args(argv))
     preset = {} if given.get("dataset", "shapes") == "shapes" else LARGE if given.get("image_size", 0) >= 128 else PHOTOS
     return Config(**(preset | (SMOKE if given.get("smoke") else {}) | given)), given
-
 
 def check(cfg: Config) -> None:
     """What can be known to be wrong before any work starts; what is wrong with images and weights, data.py and encoder.py say."""
@@ -224,7 +216,6 @@ def check(cfg: Config) -> None:
 PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "RTX 4090": 165e12, "RTX 3090": 71e12,
               "V100": 125e12, "T4": 65e12}  # dense, 16 bits, by the makers' data sheets
 
-
 class Policy:
     """Where the work is done and in which precision; parameters and optimizer stay in float32."""
 
@@ -260,7 +251,6 @@ class Policy:
         """The most memory that was in use: of the GPU, or of this process."""
         return (torch.cuda.max_memory_allocated() if self.device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024) / 2**30
 
-
 def can_compile(device: torch.device) -> bool:
     """A trial on two numbers: without a C++ compiler, or Triton on a GPU, training goes on without torch.compile."""
     try:
@@ -270,10 +260,8 @@ def can_compile(device: torch.device) -> bool:
         say(f"torch.compile does not work here ({first_line(error)}): on without it")
         return False
 
-
 def first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0][:90]
-
 
 def over_ranks(x: torch.Tensor, how=dist.ReduceOp.SUM) -> torch.Tensor:
     if WORLD > 1:
@@ -298,7 +286,6 @@ BATCHES = {
 }
 BATCHES["reca"] = BATCHES["sft"]
 
-
 def weights_of(stage: str, cfg: Config) -> dict[str, float]:
     """Loss terms of a stage and their weights. RecA and its control differ in the first term alone."""
     scratch, codes = float(cfg.encoder == "scratch"), float(cfg.paradigm in ("ar", "mask"))
@@ -310,7 +297,6 @@ def weights_of(stage: str, cfg: Config) -> dict[str, float]:
         "sft": {"t2i": 1.0} | language,
         "reca": {"recon": 1.0} | language,
     }[stage]
-
 
 def learns(stage: str, name: str, cfg: Config) -> bool:
     """Whether a stage trains the parameter of that name; the rest is frozen."""
@@ -324,7 +310,6 @@ def learns(stage: str, name: str, cfg: Config) -> bool:
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The run: what it holds, saves and loads
-
 
 class Run:
     """The encoder, its throw-away text tower, and the model; and what a checkpoint of them holds."""
@@ -445,16 +430,13 @@ class Run:
                 fail(f"{', '.join(wrong)} at step {step} of stage {stage}; the last good state is {states[0] if states else 'the start'}: "
                      f"go on from it with --resume --out_dir {self.out} --{rate} {getattr(self.cfg, rate) / 2:g}")
 
-
 def whole(state):
     """Tensors that are sharded over the processes, put together again."""
     return tree_map(lambda x: x.full_tensor() if isinstance(x, DTensor) else x, state)
 
-
 def like(value, other):
     """A whole tensor, sharded over the processes as `other` is."""
     return distribute_tensor(value.to(other.device), other.device_mesh, other.placements) if isinstance(other, DTensor) else value
-
 
 def save(state: dict, path: Path) -> None:
     """By the first rank alone, the others wait for it. Atomic: a reader finds the old file or the new one, whole, whatever happens in between."""
@@ -472,11 +454,9 @@ def save(state: dict, path: Path) -> None:
     if WORLD > 1:
         dist.barrier()
 
-
 def find_states(out: Path) -> list[Path]:
     """The states of a run, the newest first: their names are in the order of stages and steps."""
     return sorted(out.glob("state-*.pt"), reverse=True)
-
 
 def read_state(out: Path) -> dict | None:
     """The newest good state of a run; None if it was stopped before the first."""
@@ -493,7 +473,6 @@ def read_state(out: Path) -> dict | None:
 # ----------------------------------------------------------------------------------------------------------------------
 # The loop
 
-
 def make_optimizers(chosen: dict[str, nn.Parameter], cfg: Config) -> list[torch.optim.Optimizer]:
     """Muon (torch.optim, arXiv 2502.16982) for the matrices of the blocks, AdamW for embeddings, heads, norms and the rest."""
     matrices = {name: p for name, p in chosen.items() if p.ndim == 2 and "blocks." in name}
@@ -501,17 +480,14 @@ def make_optimizers(chosen: dict[str, nn.Parameter], cfg: Config) -> list[torch.
     adamw = [torch.optim.AdamW(rest, betas=(0.9, 0.95), weight_decay=cfg.weight_decay, fused=True)] if rest else []
     return adamw + ([torch.optim.Muon(matrices.values(), weight_decay=cfg.weight_decay, adjust_lr_fn="match_rms_adamw")] if matrices else [])
 
-
 def set_lr(optimizers: list, lr: float) -> None:
     for group in (group for optimizer in optimizers for group in optimizer.param_groups):
         group["lr"] = lr
-
 
 def learning_rate(step: int, steps: int, peak: float, cfg: Config) -> float:
     """Linear warm-up, constant, linear decay over the last `cfg.decay` of the steps."""
     down = (steps - step) / max(cfg.decay * steps, 1)
     return peak * min((step + 1) / max(cfg.warmup, 1), 1.0, down)
-
 
 class Core(nn.Module):
     """The core step, from images to losses, as a module: this is what torch.compile, DDP and FSDP take hold of."""
@@ -525,7 +501,6 @@ class Core(nn.Module):
     def forward(self, batch):
         return total_loss(self.parts["model"], self.parts["encoder"], batch, self.weights, tower=self.parts["tower"], **self.how)
 
-
 def cost(core: Core, batch: dict, policy: Policy, cfg: Config) -> tuple[int, int]:
     """FLOPs (a multiply-add is 2) and transformer tokens of a step, forward and backward: counted in one without an update."""
     tokens = []
@@ -535,7 +510,6 @@ def cost(core: Core, batch: dict, policy: Policy, cfg: Config) -> tuple[int, int
     hook.remove()
     core.zero_grad()
     return counter.get_total_flops() * cfg.accumulate, sum(tokens) * cfg.accumulate
-
 
 def prepare(core: Core, policy: Policy, shard: bool) -> nn.Module:
     """torch's own engines around the core step. Static shapes: one graph a stage."""
@@ -549,7 +523,6 @@ def prepare(core: Core, policy: Policy, shard: bool) -> nn.Module:
         core.compile(dynamic=False)
     ids = [policy.device.index] if policy.device.type == "cuda" else None
     return DistributedDataParallel(core, device_ids=ids, static_graph=True) if WORLD > 1 else core
-
 
 def update(core, batch: dict, optimizers: list, scaler, policy: Policy, cfg: Config) -> dict[str, torch.Tensor]:
     """One optimizer step. Returns the terms of the loss, and the norm of the gradient."""
@@ -570,14 +543,11 @@ def update(core, batch: dict, optimizers: list, scaler, policy: Policy, cfg: Con
     scaler.update()
     return sums | {"grad_norm": grad_norm}
 
-
 def part_of_batch(batch: dict, i: int, n: int) -> dict:
     return {role: {k: v.chunk(n)[i] for k, v in part.items()} for role, part in batch.items()}
 
-
 def next_batch(streams: dict, device) -> dict:
     return {role: {k: v.to(device, non_blocking=True) for k, v in next(stream).items()} for role, stream in streams.items()}
-
 
 class Interrupt:
     """SIGINT and SIGTERM in a stage ask for a stop after the step in progress; elsewhere they stop at once, as a second one does: not under
@@ -588,7 +558,6 @@ class Interrupt:
         if not self.training or self.asked and WORLD == 1:
             raise SystemExit(128 + number)
         self.asked = number
-
 
 def train_stage(run: Run, stage: str, interrupt: Interrupt, saved: dict | None = None) -> None:
     """Trains one stage, from `saved` (a state of the same stage, see Run.save_state) if given, and saves its checkpoint."""
@@ -649,7 +618,6 @@ def train_stage(run: Run, stage: str, interrupt: Interrupt, saved: dict | None =
 # ----------------------------------------------------------------------------------------------------------------------
 # From the command line to the report
 
-
 def claim(out: Path):
     """One run a folder: `run.json`, locked until this process ends, however it ends. Returns the open file and what it says of the run before."""
     file = open(out / "run.json", "a+")
@@ -663,13 +631,11 @@ def claim(out: Path):
     except ValueError:
         return file, {}  # new, or stopped while it was written
 
-
 def note(file, cfg: Config, finished: bool) -> None:
     if RANK == 0:
         file.truncate(0)
         file.write(json.dumps({"finished": finished, "config": asdict(cfg)}))
         file.flush()
-
 
 def trim_log(path: Path, stages: list[str], step: int) -> None:
     """Takes out what a run is about to write: lines of `stages`, in the first of them those after `step`; and half a line."""
@@ -677,7 +643,6 @@ def trim_log(path: Path, stages: list[str], step: int) -> None:
     kept = [line for line in lines if line["stage"] not in stages or line["stage"] == stages[0] and line["step"] <= step]
     path.with_suffix(".tmp").write_text("".join(json.dumps(line) + "\n" for line in kept))
     os.replace(path.with_suffix(".tmp"), path)
-
 
 def resumed(cfg: Config, given: dict, theirs: dict | None) -> Config:
     """The settings of the run that is resumed: its own, but for what --resume may change."""
@@ -692,7 +657,6 @@ def resumed(cfg: Config, given: dict, theirs: dict | None) -> Config:
     except TypeError as error:
         fail(f"the run in {cfg.out_dir} is of another version of this code ({error}): start a new one, with --init_from")
 
-
 def report(run: Run, names: list[str]) -> None:
     """Scores the checkpoints on the same prompts, images and noise: a table, results.json and compare.png."""
     cfg, results, checkpoints = run.cfg, {}, [load_checkpoint(run.out / f"{name}.pt", run.policy.device) for name in names]
@@ -705,7 +669,6 @@ def report(run: Run, names: list[str]) -> None:
     compare = partial(evaluate.compare_photographs, dataset=photos) if photos else evaluate.compare
     compare(checkpoints, names, path=run.out / "compare.png", seed=cfg.seed)
     print(f"{run.out}/results.json, {run.out}/compare.png and {run.out}/log.jsonl are written; training took {sum(run.seconds.values()) / 60:.1f} minutes")
-
 
 def bench(cfg: Config, steps: int = 20) -> None:
     """Speed of RecA's core step on random images and words: eager and compiled, in both precisions. JSON on stdout and in OUT/bench.json."""
@@ -734,7 +697,6 @@ def bench(cfg: Config, steps: int = 20) -> None:
                        "batch_size": cfg.batch_size, "draws": cfg.draws, "paradigm": cfg.paradigm, "torch": torch.__version__, "rows": rows}, indent=1)
     (run.out / "bench.json").write_text(text)
     print(text)
-
 
 def train(cfg: Config, given: dict) -> None:
     interrupt, out, saved = Interrupt(), Path(cfg.out_dir), None
@@ -781,7 +743,6 @@ def train(cfg: Config, given: dict) -> None:
     if WORLD > 1:
         dist.destroy_process_group()
 
-
 def main(argv=None) -> None:
     cfg, given = parse_config(argv)
     try:
@@ -794,7 +755,6 @@ def main(argv=None) -> None:
         fail(f"{error}; what was saved before is whole: go on with --resume")
     except (torch.OutOfMemoryError, MemoryError) as error:
         fail(f"out of memory ({first_line(error)}): go on with --resume --accumulate {2 * cfg.accumulate}, or with --checkpoint_activations")
-
 
 if __name__ == "__main__":
     main()
