@@ -38,10 +38,9 @@ from typing import Callable, NamedTuple
 
 import torch
 from einops import rearrange
-from PIL import Image, ImageDraw, ImageFont
 
-from data import (COLORS, EDITS, GRID, KINDS, NUMBERS, PLURALS, SHAPES, USUAL_COLOR, Claim, Scene, Shapes, Thing, describe, holds, is_full, parse, random_edit, random_scene, render,
-                  sprites, to_grid)
+from data import (COLORS, EDITS, GRID, KINDS, NUMBERS, PLURALS, SHAPES, USUAL_COLOR, Claim, Scene, Shapes, Thing, describe, holds, image_grid, is_full, parse, random_edit, random_scene,
+                  render, sprites, to_grid)
 from sample import caption, edit, load_checkpoint, reconstruct, sample_image, text_to_image
 
 ERROR_LIMIT = 0.02  # mean squared error above which a cell holds nothing that we know; another shape or color is at 0.02 to 0.3
@@ -223,6 +222,13 @@ def compare(checkpoints: list, names: list[str], path, seed: int = 0, note: str 
             row.append(group)
     image_grid(rows, asked, [TITLES.get(name, name) for name in names], 2, note).save(path)
 
+def compare_many(checkpoints: list, names: list[str], path, seed: int = 0, note: str = "") -> None:
+    """The same for more checkpoints than stand side by side: a row each, three images of four short prompts."""
+    asked = [prompts(category, 1, seed + 7)[0] for category in ("color", "attribute", "position", "counting")]
+    many = [words for words in asked for _ in range(3)]
+    rows = [list(text_to_image(c.model, c.vocabulary, many, generator=torch.Generator().manual_seed(seed)).split(3)) for c in checkpoints]
+    image_grid(rows, names, asked, 2, note).save(path)
+
 def compare_counts(*args) -> None:
     compare(*args, asked=[f"{number} {name}" for name in PLURALS[:2] for number in NUMBERS[1:]])
 
@@ -309,7 +315,7 @@ class Experiment(NamedTuple):
     rows: dict[str, str]              # title: run/checkpoint. Differences are to the row before that is called "base", or to the first
     columns: list[str]
     measure: Callable = evaluate      # (loaded, n, seed) -> scores
-    picture: Callable | None = compare
+    picture: Callable = compare
 
 BEFORE_AND_AFTER = {"base": "main/pretrain", "RecA": "main/reca"}
 MAIN = {"base": "main/pretrain", "SFT": "main/sft", "RecA": "main/reca"}
@@ -323,7 +329,7 @@ EXPERIMENTS = {
                        ["recon_loss", "overall", "color", "attribute", "dense", "kept", "kept_places", "psnr"]),
     "controls": Experiment(MAIN | {"SFT, own captions": "sft_own/sft", "SFT, dense": "sft_dense/sft", "RecA, SFT": "reca_sft/sft", "SFT, RecA": "sft_reca/reca",
                                    "RecA twice": "reca_reca/reca"}, SCORES),
-    "ablations": Experiment({"RecA": "main/reca"} | {option: f"{option[2:].replace(' ', '_')}/reca" for option in ABLATIONS}, SCORES, picture=None),
+    "ablations": Experiment({"RecA": "main/reca"} | {option: f"{option[2:].replace(' ', '_')}/reca" for option in ABLATIONS}, SCORES, picture=compare_many),
     "paradigms": Experiment(MAIN | {f"{title}, {run}": f"{run}/{checkpoint}" for run in ("ar", "mask", "mar")
                                     for title, checkpoint in {"base": "pretrain", "SFT": "sft", "RecA": "reca"}.items()}, [*SCORES, "reconstruction"]),
     "counting": Experiment(MAIN, [f"{what}_{number}" for what in ("drawn", "counted") for number in (2, 3, 4)], counts, compare_counts),
@@ -403,10 +409,9 @@ def experiment(name: str, args) -> None:
     Path("assets").mkdir(exist_ok=True)
     (Path("assets") / f"{name}.md").write_text(text)
     print(text)
-    if picture:
-        seed = args.seeds[0]
-        checkpoints = [load_checkpoint(make_run(row.split("/")[0], seed, args) / f"{row.split('/')[1]}.pt", args.device) for row in rows.values()]
-        picture(checkpoints, list(rows), Path("assets") / f"{name}.png", seed, f"{command} (seed {seed})")
+    seed = args.seeds[0]
+    checkpoints = [load_checkpoint(make_run(row.split("/")[0], seed, args) / f"{row.split('/')[1]}.pt", args.device) for row in rows.values()]
+    picture(checkpoints, list(rows), Path("assets") / f"{name}.png", seed, f"{command} (seed {seed})")
 
 def main(argv=None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)

@@ -31,6 +31,7 @@ import time
 import zipfile
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -193,9 +194,8 @@ def check(cfg: Config) -> None:
         each("image_size", lambda n: n % 3 == 0, "a multiple of 3: a scene of shapes is a grid of 3 x 3 cells")
         each("text_len", lambda n: n == TEXT_LEN, f"{TEXT_LEN}: its longest caption")
     else:
-        each("encoder", lambda name: name != "scratch", "public weights (clip-b16, or a path): the scratch encoder learns from the shapes' exact captions")
+        each("encoder", lambda name: name not in ("scratch", "random"), "public weights (clip-b16, or a path): scratch learns from the shapes' exact captions, random is its control on the shapes")
         each("text_len", lambda n: n >= 3, "at least 3")
-        each("encoder", lambda name: name != "random", "public weights: the random encoder is a control on the shapes")
     each("condition", lambda x: x == "words" or cfg.stage == "reca", "words: only --stage reca can have another")
     each("visual_words", lambda n: n < cfg.text_len, f"at most {cfg.text_len - 1}, the words of a prefix")
     if cfg.stage in NEEDS and not (cfg.init_from or cfg.resume) and (cfg.stage != "pretrain" or cfg.paradigm in ("ar", "mask")):
@@ -208,7 +208,6 @@ def check(cfg: Config) -> None:
         Path(cfg.out_dir).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         fail(f"--out_dir {cfg.out_dir} cannot be made: {error.strerror}")
-
 
 # ----------------------------------------------------------------------------------------------------------------------
 # One device-and-dtype policy
@@ -268,7 +267,6 @@ def over_ranks(x: torch.Tensor, how=dist.ReduceOp.SUM) -> torch.Tensor:
         dist.all_reduce(x, how)
     return x
 
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Stages: which images, which losses, which parameters
 
@@ -306,7 +304,6 @@ def learns(stage: str, name: str, cfg: Config) -> bool:
     if cfg.trains == "attention" and stage in ("sft", "reca") and part == "transformer":
         return ".attn." in name
     return part == ("model.connector." if stage == "align" else "transformer") or part == "model.connector." and stage == "reca" and cfg.train_connector
-
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The run: what it holds, saves and loads
@@ -401,7 +398,7 @@ class Run:
                 for k, v in state["state"].get(i, {}).items():
                     state["state"][i][k] = like(v, p) if v.shape == p.shape else v
             optimizer.load_state_dict(state)
-        if scaler.is_enabled() and saved["scaler"]:
+        if saved["scaler"]:  # else this run was not in float16
             scaler.load_state_dict(saved["scaler"])
         torch.set_rng_state(saved["rng"]["cpu"])
         if saved["rng"]["cuda"] is not None and self.policy.device.type == "cuda":
@@ -468,7 +465,6 @@ def read_state(out: Path) -> dict | None:
             return torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # a damaged file can raise nearly anything; the one before it is the answer
             say(f"{path} is damaged ({type(error).__name__}), taking the one before it")
-
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The loop
@@ -614,7 +610,6 @@ def train_stage(run: Run, stage: str, interrupt: Interrupt, saved: dict | None =
         p.data.copy_(run.average[name])
     run.average = {}
 
-
 # ----------------------------------------------------------------------------------------------------------------------
 # From the command line to the report
 
@@ -672,14 +667,14 @@ def report(run: Run, names: list[str]) -> None:
 
 def bench(cfg: Config, steps: int = 20) -> None:
     """Speed of RecA's core step on random images and words: eager and compiled, in both precisions. JSON on stdout and in OUT/bench.json."""
-    rows, photographs = [], cfg.dataset != "shapes"  # their encoder has CLIP-B/16's sizes, and their vocabulary ImageNet's: no weights needed
-    vocabulary = Vocabulary(SPECIALS + [str(i) for i in range(2000)]) if photographs else None
-    clip = ViTConfig(image_size=224, patch_size=16, width=768, depth=12, heads=12, mlp_width=3072)
-    for dtype, compiled in ((d, c) for d in ("float32", "bfloat16") for c in ("off", "on")):
-        policy = Policy(replace(cfg, dtype=dtype, compile=compiled))
-        if compiled == "on" and not policy.compile:
+    rows, known = [], {}
+    if cfg.dataset != "shapes":  # no weights are needed: an encoder of CLIP-B/16's sizes, a vocabulary of ImageNet's
+        known = dict(vocabulary=Vocabulary(SPECIALS + [str(i) for i in range(2000)]), encoder=ViT(ViTConfig(image_size=224, patch_size=16, width=768, depth=12, heads=12, mlp_width=3072)))
+    for dtype, compiled in product(("float32", "bfloat16"), (False, True)):
+        policy = Policy(replace(cfg, dtype=dtype, compile="on" if compiled else "off"))
+        if policy.compile != compiled:
             continue
-        run = Run(cfg, policy, vocabulary, ViT(clip) if photographs else None)
+        run = Run(cfg, policy, **known)
         core, optimizers, scaler = Core(run, "reca", {"recon": 1.0}), make_optimizers(run.parameters_of("reca"), cfg), policy.scaler()
         batch = {"main": {"image": torch.rand(cfg.batch_size, 3, cfg.image_size, cfg.image_size, device=policy.device)}}
         flops, tokens = cost(core, batch, policy, cfg)
@@ -690,7 +685,7 @@ def bench(cfg: Config, steps: int = 20) -> None:
                 began = policy.now()
             update(core, batch, optimizers, scaler, policy, cfg)
         rate, peak = steps / (policy.now() - began), policy.peak_flops
-        rows.append({"dtype": dtype, "compiled": compiled == "on", "steps_per_second": rate, "images_per_second": rate * cfg.batch_size,
+        rows.append({"dtype": dtype, "compiled": compiled, "steps_per_second": rate, "images_per_second": rate * cfg.batch_size,
                      "tokens_per_second": rate * tokens, "teraflops_per_second": rate * flops / 1e12, "mfu": rate * flops / peak if peak else None,
                      "gigabytes": policy.gigabytes()})
     text = json.dumps({"device": policy.device_name, "parameters": sum(p.numel() for p in run.model.parameters()), "image_size": cfg.image_size,
@@ -709,7 +704,7 @@ def train(cfg: Config, given: dict) -> None:
         saved = read_state(out)
         cfg = resumed(cfg, given, (saved or before).get("config"))
         check(cfg)
-    elif before and not before["finished"] and find_states(out):
+    elif find_states(out) and not before.get("finished"):  # also where run.json was cut by a full disk
         fail(f"{out} holds a run that has not ended ({find_states(out)[0].name}): go on with it (--resume --out_dir {out}), give another --out_dir, or remove it")
     if not before:
         note(file, cfg, finished=False)  # at once: --resume finds it there, however soon this process is killed
