@@ -254,8 +254,10 @@ def test_an_experiment_trains_what_is_not_there_and_goes_on_where_it_stopped(tmp
     (tmp_path / "fail").touch()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(E, "__file__", str(tmp_path / "evaluate.py"))
-    monkeypatch.setitem(E.EXPERIMENTS, "copy", E.Experiment({"base": "main/pretrain", "pixels": "pixels/reca"}, ["recon_loss", "overall"], picture=None))
-    calls = lambda: Path("calls").read_text().splitlines() if Path("calls").exists() else []
+    monkeypatch.setitem(E.EXPERIMENTS, "copy", E.Experiment({"base": "main/pretrain", "pixels": "pixels/reca"}, ["recon_loss", "overall"],
+                        picture=lambda checkpoints, names, path, seed, note: drawn.append((checkpoints, names, str(path), seed, note))))
+    monkeypatch.setattr(E, "load_checkpoint", lambda path, device: str(path))
+    drawn, calls = [], lambda: Path("calls").read_text().splitlines() if Path("calls").exists() else []
     start = lambda *more: E.main(["--experiment", "copy", "--seeds", "0", "1", "--n", "5", "--train=--pretrain_steps 7", *more])
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere/results.json").write_text(json.dumps({"pretrain": {"overall": 0.5, "cases": {"edit_direct": 5}}}))
@@ -275,6 +277,8 @@ def test_an_experiment_trains_what_is_not_there_and_goes_on_where_it_stopped(tmp
     assert lines[2:] == ["|  | recon_loss | overall |", "| --- | --- | --- |", "| base |  | 0.505 |", "| pixels | 0.250 | 0.705 (+0.200 ± 0.000) |"]
     start()
     assert len(calls()) == 4, "all was there"
+    command = "python evaluate.py --experiment copy --seeds 0 1 --n 5 --train='--pretrain_steps 7'"
+    assert drawn == 2 * [([f"{s0}/main/pretrain.pt", f"{s0}/pixels/reca.pt"], ["base", "pixels"], "assets/copy.png", 0, f"{command} (seed 0)")]
 
 
 def test_scores_are_measured_where_the_run_has_others(tmp_path, monkeypatch):
