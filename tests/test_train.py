@@ -492,20 +492,20 @@ def test_a_full_disk_leaves_the_last_good_state(tmp_path, capsys):
 def test_a_save_cut_by_a_limit_on_file_sizes_leaves_the_last_good_state(tmp_path, capsys, monkeypatch):
     """`ulimit -f`, which needs no rights: from step 5 on no file may be longer than half a state."""
     run(tmp_path / "alone", "--stage", "pretrain")
-    (_, most), half = resource.getrlimit(resource.RLIMIT_FSIZE), (tmp_path / "alone" / "state-1-pretrain-0000014.pt").stat().st_size // 2
+    before, half = resource.getrlimit(resource.RLIMIT_FSIZE), (tmp_path / "alone" / "state-1-pretrain-0000014.pt").stat().st_size // 2
     real, calls, out = train.update, [], tmp_path / "out"
 
     def update(*args):
         calls.append(1)
         if len(calls) == 5:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (half, most))
+            resource.setrlimit(resource.RLIMIT_FSIZE, (half, before[1]))
         return real(*args)
     monkeypatch.setattr(train, "update", update)
     try:
         with pytest.raises(SystemExit) as end:
             run(out, "--stage", "pretrain")
     finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
     message = capsys.readouterr().err
     assert end.value.code == 2 and "File too large" in message and message.count("\n") == 1 and "Traceback" not in message, message
     assert [p.name for p in out.glob("*.pt*")] == ["state-1-pretrain-0000003.pt"]
