@@ -39,7 +39,6 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
@@ -53,8 +52,7 @@ from model import CaptionTower, ModelConfig, UnifiedModel
 from recon_loss import total_loss
 from sample import load_checkpoint, read_checkpoint
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Configuration: one dataclass, and the command line made from it
+# ------------------------------------------------------ Configuration: one dataclass, and the command line made from it
 
 def option(default, help: str, choices=None):
     return field(default=default, metadata={"help": help, "choices": choices})
@@ -209,8 +207,7 @@ def check(cfg: Config) -> None:
     except OSError as error:
         fail(f"--out_dir {cfg.out_dir} cannot be made: {error.strerror}")
 
-# ----------------------------------------------------------------------------------------------------------------------
-# One device-and-dtype policy
+# ------------------------------------------------------------------------------------------ One device-and-dtype policy
 
 PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "RTX 4090": 165e12, "RTX 3090": 71e12,
               "V100": 125e12, "T4": 65e12}  # dense, 16 bits, by the makers' data sheets
@@ -247,7 +244,7 @@ class Policy:
         return time.time()
 
     def gigabytes(self) -> float:
-        """The most memory that was in use: of the GPU, or of this process."""
+        """The most memory that was in use: of the GPU, or of this process since it began."""
         return (torch.cuda.max_memory_allocated() if self.device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024) / 2**30
 
 def can_compile(device: torch.device) -> bool:
@@ -267,13 +264,10 @@ def over_ranks(x: torch.Tensor, how=dist.ReduceOp.SUM) -> torch.Tensor:
         dist.all_reduce(x, how)
     return x
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Stages: which images, which losses, which parameters
+# ----------------------------------------------------------------- Stages: which images, which losses, which parameters
 
 STAGES = ["encoder", "pretrain", "align", "sft", "reca"]
-
-# By itself a stage starts from a checkpoint of this stage, or of a later one.
-NEEDS = {"pretrain": "encoder", "align": "pretrain", "sft": "align", "reca": "align"}
+NEEDS = {"pretrain": "encoder", "align": "pretrain", "sft": "align", "reca": "align"}  # by itself a stage starts from a checkpoint of this one, or of a later one
 
 # The batches of a step, by role: the split that they come from, and the option that holds their size.
 BATCHES = {
@@ -305,8 +299,7 @@ def learns(stage: str, name: str, cfg: Config) -> bool:
         return ".attn." in name
     return part == ("model.connector." if stage == "align" else "transformer") or part == "model.connector." and stage == "reca" and cfg.train_connector
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The run: what it holds, saves and loads
+# ------------------------------------------------------------------------------ The run: what it holds, saves and loads
 
 class Run:
     """The encoder, its throw-away text tower, and the model; and what a checkpoint of them holds."""
@@ -317,10 +310,9 @@ class Run:
         self.vocabulary = vocabulary
         self.vocabulary = vocabulary or self.dataset("pretrain").vocabulary
         self.encoder = encoder or (ViT(scratch_config(cfg.image_size, cfg.patch_size)) if cfg.encoder in ("scratch", "random") else load_encoder(cfg.encoder))
-        self.model = UnifiedModel(ModelConfig(
-            paradigm=cfg.paradigm, vocab_size=len(self.vocabulary), text_len=cfg.text_len, image_size=cfg.image_size, patch_size=cfg.patch_size,
-            width=cfg.width, depth=cfg.depth, heads=cfg.heads, encoder_width=self.encoder.cfg.width, draws=cfg.draws, encoder_size=cfg.encoder_size,
-            noise_scale=cfg.patch_size / 8, renew=float(cfg.dataset == "shapes"), condition=cfg.condition, visual_words=cfg.visual_words, sharpness=cfg.sharpness, reverse_words=cfg.reverse_words))
+        options = {f.name: getattr(cfg, f.name) for f in fields(ModelConfig) if hasattr(cfg, f.name)}  # image_size, width, paradigm, ...
+        self.model = UnifiedModel(ModelConfig(**options, vocab_size=len(self.vocabulary), encoder_width=self.encoder.cfg.width,
+                                              noise_scale=cfg.patch_size / 8, renew=float(cfg.dataset == "shapes")))
         recon_loss.DROP, recon_loss.TEMPLATES = cfg.drop, cfg.templates
         tower = CaptionTower(len(self.vocabulary), cfg.text_len, 128, self.encoder.cfg.width)
         self.parts = nn.ModuleDict({"encoder": self.encoder, "tower": tower, "model": self.model}).to(policy.device)
@@ -466,8 +458,7 @@ def read_state(out: Path) -> dict | None:
         except Exception as error:  # a damaged file can raise nearly anything; the one before it is the answer
             say(f"{path} is damaged ({type(error).__name__}), taking the one before it")
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The loop
+# ------------------------------------------------------------------------------------------------------------- The loop
 
 def make_optimizers(chosen: dict[str, nn.Parameter], cfg: Config) -> list[torch.optim.Optimizer]:
     """Muon (torch.optim, arXiv 2502.16982) for the matrices of the blocks, AdamW for embeddings, heads, norms and the rest."""
@@ -517,8 +508,7 @@ def prepare(core: Core, policy: Policy, shard: bool) -> nn.Module:
         return fully_shard(core, ignored_params={p for part in ("encoder", "tower") for p in core.parts[part].parameters()})  # frozen, and no part of what grows
     if policy.compile:
         core.compile(dynamic=False)
-    ids = [policy.device.index] if policy.device.type == "cuda" else None
-    return DistributedDataParallel(core, device_ids=ids, static_graph=True) if WORLD > 1 else core
+    return nn.parallel.DistributedDataParallel(core, static_graph=True) if WORLD > 1 else core
 
 def update(core, batch: dict, optimizers: list, scaler, policy: Policy, cfg: Config) -> dict[str, torch.Tensor]:
     """One optimizer step. Returns the terms of the loss, and the norm of the gradient."""
@@ -546,8 +536,7 @@ def next_batch(streams: dict, device) -> dict:
     return {role: {k: v.to(device, non_blocking=True) for k, v in next(stream).items()} for role, stream in streams.items()}
 
 class Interrupt:
-    """SIGINT and SIGTERM in a stage ask for a stop after the step in progress; elsewhere they stop at once, as a second one does: not under
-    torchrun, which passes on to its processes what they got from the terminal already."""
+    """SIGINT and SIGTERM in a stage ask for a stop after the step in progress; elsewhere they stop at once, as a second one does, but under torchrun, which sends two."""
     asked, training = 0, False
 
     def __call__(self, number, frame):
@@ -561,13 +550,13 @@ def train_stage(run: Run, stage: str, interrupt: Interrupt, saved: dict | None =
     name = "reca" if stage == "sft" else stage  # the control shares RecA's steps, rate, images, order and noise
     steps, peak = getattr(cfg, f"{name}_steps"), getattr(cfg, f"{name}_lr")
     weights = {term: w for term, w in weights_of(stage, cfg).items() if w > 0}
+    if not run.parameters_of(stage) or not weights:
+        return  # public weights, no tokenizer: nothing to train
     seed, start = cfg.seed * 1000 + STAGES.index(name) * 10, saved["step"] if saved else 0
     seen = ("main", "understand") if cfg.cache_features and stage in ("align", "sft", "reca") else ()  # in sft: to see the very same images
     datasets = {role: run.cached(split) if role in seen else run.dataset(split) for role, (split, _) in BATCHES[stage].items()}
     streams = {role: batches(datasets[role], getattr(cfg, size), seed + i, start, run.workers, str(run.out / "bad_images.txt"), RANK, WORLD,
                              cfg.images if split == "reca" else 0) for i, (role, (split, size)) in enumerate(BATCHES[stage].items())}
-    if not run.parameters_of(stage) or not weights:
-        return  # public weights, no tokenizer: nothing to train
     core, batch = Core(run, stage, weights), next_batch(streams, policy.device)
     run.parts.train()
     flops, tokens = cost(core, batch, policy, cfg)
@@ -610,8 +599,7 @@ def train_stage(run: Run, stage: str, interrupt: Interrupt, saved: dict | None =
         p.data.copy_(run.average[name])
     run.average = {}
 
-# ----------------------------------------------------------------------------------------------------------------------
-# From the command line to the report
+# ---------------------------------------------------------------------------------- From the command line to the report
 
 def claim(out: Path):
     """One run a folder: `run.json`, locked until this process ends, however it ends. Returns the open file and what it says of the run before."""
@@ -645,8 +633,7 @@ def resumed(cfg: Config, given: dict, theirs: dict | None) -> Config:
         fail(f"--resume: there is nothing of a run in {cfg.out_dir}; leave --resume out to start one")
     for name in given.keys() - CHANGEABLE:
         if given[name] != theirs.get(name, given[name]):
-            fail(f"--{name} {given[name]}: the run in {cfg.out_dir} has {theirs[name]}, and --resume goes on with that; leave the option out, "
-                 f"or start another run with --init_from")
+            fail(f"--{name} {given[name]}: the run in {cfg.out_dir} has {theirs[name]}, and --resume goes on with that; leave it out, or start anew with --init_from")
     try:
         return Config(**(theirs | {name: value for name, value in given.items() if name in CHANGEABLE} | {"out_dir": cfg.out_dir, "resume": True}))
     except TypeError as error:
@@ -666,11 +653,11 @@ def report(run: Run, names: list[str]) -> None:
     print(f"{run.out}/results.json, {run.out}/compare.png and {run.out}/log.jsonl are written; training took {sum(run.seconds.values()) / 60:.1f} minutes")
 
 def bench(cfg: Config, steps: int = 20) -> None:
-    """Speed of RecA's core step on random images and words: eager and compiled, in both precisions. JSON on stdout and in OUT/bench.json."""
+    """Speed of RecA's core step on random images and words: eager and, but for --compile off, compiled, in both precisions. JSON on stdout and in OUT/bench.json."""
     rows, known = [], {}
     if cfg.dataset != "shapes":  # no weights are needed: an encoder of CLIP-B/16's sizes, a vocabulary of ImageNet's
         known = dict(vocabulary=Vocabulary(SPECIALS + [str(i) for i in range(2000)]), encoder=ViT(ViTConfig(image_size=224, patch_size=16, width=768, depth=12, heads=12, mlp_width=3072)))
-    for dtype, compiled in product(("float32", "bfloat16"), (False, True)):
+    for dtype, compiled in product(("float32", "bfloat16"), (False,) if cfg.compile == "off" else (False, True)):
         policy = Policy(replace(cfg, dtype=dtype, compile="on" if compiled else "off"))
         if policy.compile != compiled:
             continue
@@ -683,6 +670,8 @@ def bench(cfg: Config, steps: int = 20) -> None:
         for step in range(-5, steps):
             if step == 0:  # the steps before were to warm up
                 began = policy.now()
+                if policy.device.type == "cuda":
+                    torch.cuda.reset_peak_memory_stats()
             update(core, batch, optimizers, scaler, policy, cfg)
         rate, peak = steps / (policy.now() - began), policy.peak_flops
         rows.append({"dtype": dtype, "compiled": compiled, "steps_per_second": rate, "images_per_second": rate * cfg.batch_size,
