@@ -124,19 +124,11 @@ def test_mar_loss_counts_masked_patches_only_and_hides_them():
     model.image.flow_mlp.forward = lambda x_t, t, h: h[..., :-1] + 5 * (1 - h[..., -1:])  # exact where masked, wrong elsewhere
     assert R.mar_loss(model, None, pictures) == 0
     count = seen["masked"].sum(1)
-    assert count.min() >= math.ceil(0.7 * N) and count.max() == N and len(count.unique()) == 3
+    assert count.unique().tolist() == list(range(1, N + 1)), "every share that drawing passes through"
     model.image.flow_mlp.forward = lambda x_t, t, h: h[..., :-1] + 0.1
     assert R.mar_loss(model, None, pictures) > 0.01
     hidden = small("mar").image.embed(None, x, torch.ones(200, N, dtype=torch.bool))
     assert (hidden == hidden[0, 0]).all(), "a masked patch is not seen"
-
-
-def test_cut_normal_is_torchs():
-    torch.manual_seed(0)
-    for cut in (R.MASK_RATIO, (0.2, 0.5, -1.0, 0.6)):
-        ours, theirs = R.cut_normal(torch.rand(40_000), *cut), torch.nn.init.trunc_normal_(torch.empty(40_000), *cut)
-        q = torch.linspace(0, 1, 11)
-        torch.testing.assert_close(ours.quantile(q), theirs.quantile(q), atol=0.02, rtol=0)
 
 
 def test_random_mask_hides_exactly_its_share_everywhere_alike():
