@@ -351,39 +351,6 @@ class UnifiedModel(nn.Module):
         cache.length += x.shape[1] if self.image.causal else 0
         return self.image.head(self, h)
 
-class CaptionTower(nn.Module):
-    """The throw-away text side that trains an understanding encoder from scratch, as CoCa does (arXiv 2205.01917; SigLIP 2 too).
-
-    Causal blocks read the caption alone: their state at <eos> is the text embedding, to be contrasted with the image's. Further causal blocks attend to
-    the patch tokens and write the caption: that makes an encoder say which object has which color; contrast leaves a bag of words (arXiv 2210.01936).
-    """
-
-    def __init__(self, vocab_size: int, text_len: int, width: int, encoder_width: int, uni: int = 1, multi: int = 2, heads: int = 4):
-        super().__init__()
-        self.wte = nn.Embedding(vocab_size, width)
-        self.text_pos = nn.Parameter(torch.empty(text_len, width))
-        self.blocks = nn.ModuleList([Block(width, heads) for _ in range(uni)] + [Block(width, heads, encoder_width) for _ in range(multi)])
-        self.uni = uni
-        self.norm_text, self.norm = LayerNorm(width), LayerNorm(width)
-        self.text_proj, self.lm_head = Linear(width, encoder_width), Linear(width, vocab_size)
-        self.log_scale, self.bias = nn.Parameter(torch.empty(())), nn.Parameter(torch.empty(()))
-        for p in self.parameters():
-            nn.init.ones_(p) if p.ndim == 1 else nn.init.normal_(p, std=0.02)
-        nn.init.normal_(self.wte.weight), nn.init.normal_(self.text_pos, std=0.3)
-        nn.init.constant_(self.log_scale, math.log(10)), nn.init.constant_(self.bias, -10)  # arXiv 2303.15343, section 3.2
-
-    def forward(self, ids, patch_tokens):
-        """Captions (B, T), patch tokens (B, tokens, D_enc) -> text embedding (B, D_enc), next-word logits (B, T, V)."""
-        x = self.wte(ids) + self.text_pos[: ids.shape[1]]
-        mask = causal_mask(ids.shape[1], ids.device)
-        for block in self.blocks[: self.uni]:
-            x = block(x, mask=mask)
-        end = (ids == 2).int().argmax(1)                                         # data.EOS
-        text = self.text_proj(self.norm_text(x[torch.arange(len(x), device=x.device), end]))
-        for block in self.blocks[self.uni:]:
-            x = block(x, mask=mask, context=patch_tokens)
-        return text, self.lm_head(self.norm(x))
-
 def causal_mask(length: int, device) -> torch.Tensor:                            # (length, length), True where a row may see a column: itself and all before it
     return torch.ones(length, length, dtype=torch.bool, device=device).tril()
 

@@ -673,6 +673,25 @@ def test_the_controls_change_what_they_say(place, tmp_path, monkeypatch):
     same(encoders[1], train.ViT(train.scratch_config(24, 8)).state_dict())
 
 
+def test_caption_tower():
+    tower, ids = train.CaptionTower(10, 7, 24, 10, uni=1, multi=1, heads=3), torch.tensor([[1, 5, 6, 2, 0, 0, 0], [1, 4, 7, 8, 9, 2, 0]])
+    assert tower.log_scale.exp().item() == pytest.approx(10) and tower.bias.item() == -10
+    for p in tower.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    patches = torch.randn(2, 5, 10, requires_grad=True)
+    text, logits = tower(ids, patches)
+    assert text.shape == (2, 10) and logits.shape == (2, 7, 10)
+    assert torch.autograd.grad(text.sum(), patches, allow_unused=True)[0] is None, "the text embedding is of the text alone"
+    assert torch.autograd.grad(logits[0, 0].sum(), patches)[0][0].abs().sum(-1).all(), "every word is written with all patches in sight"
+    other = ids.clone()
+    other[0, 4:], other[0, 2] = 3, 3
+    changed, changed_logits = tower(other, patches)
+    assert (changed_logits - logits)[0, :2].abs().max() == 0, "no word sees a later one"
+    other[0, 2] = 6
+    torch.testing.assert_close(tower(other, patches)[0], text, atol=0, rtol=0)  # words after <eos> do not count
+    assert (changed - text)[0].abs().max() > 1e-4 and (changed - text)[1].abs().max() == 0
+
+
 def test_learning_rate_rises_stays_and_falls_to_zero():
     cfg = train.Config(warmup=10, decay=0.25)
     rates = [train.learning_rate(step, 100, 2.0, cfg) for step in range(100)]
