@@ -271,7 +271,7 @@ NEEDS = {"pretrain": "encoder", "align": "pretrain", "sft": "align", "reca": "al
 
 # The batches of a step, by role: the split that they come from, and the option that holds their size.
 BATCHES = {
-    "encoder": {"main": ("pretrain", "batch_size"), "understand": ("understand", "understand_batch")},
+    "encoder": {"main": ("understand", "batch_size"), "understand": ("understand", "understand_batch")},  # main: the tokenizer's; it has to know all colors
     "pretrain": {"main": ("pretrain", "batch_size"), "understand": ("understand", "side_batch")},
     "align": {"understand": ("understand", "understand_batch")},
     "sft": {"main": ("reca", "batch_size"), "understand": ("understand", "side_batch"), "replay": ("pretrain", "replay_batch")},
