@@ -406,8 +406,10 @@ class Run:
 
     def save_state(self, stage: str, step: int, optimizers, scaler, history: list) -> None:
         """All that --resume needs to go on to the bit. (Python's and NumPy's generators are not used; a batch depends on seed and step alone.)"""
+        public = self.cfg.encoder not in ("scratch", "random")  # frozen, and where it came from: no need to save it every few minutes
+        parts = {name: x for name, x in self.parts.state_dict().items() if not (public and name.startswith("encoder."))}
         state = self.checkpoint(stage, step) | {
-            "parts": whole(self.parts.state_dict()), "average": whole(self.average), "optimizers": [whole(o.state_dict()) for o in optimizers],
+            "parts": whole(parts), "average": whole(self.average), "optimizers": [whole(o.state_dict()) for o in optimizers],
             "scaler": scaler.state_dict(), "rng": {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state() if self.policy.device.type == "cuda" else None},
             "history": history, "seconds": self.seconds}
         save(state, self.out / f"state-{STAGES.index(stage)}-{stage}-{step:07}.pt")
@@ -735,7 +737,8 @@ def train(cfg: Config, given: dict) -> None:
     stages = STAGES if cfg.stage == "all" else [cfg.stage]
     if saved:
         stages = stages[stages.index(saved["stage"]):]
-        run.parts.load_state_dict(saved["parts"])
+        public = {name: x for name, x in run.parts.state_dict().items() if name.startswith("encoder.") and name not in saved["parts"]}
+        run.parts.load_state_dict(public | saved["parts"])
         run.seconds = saved["seconds"]
     elif cfg.init_from:
         run.load(cfg.init_from, cfg.stage)

@@ -394,6 +394,23 @@ def test_a_run_without_any_whole_state_begins_anew(tmp_path, capsys):
     same(weights(tmp_path / "alone" / "pretrain.pt"), weights(out / "pretrain.pt"))
 
 
+def test_photographs_resume_to_the_bit_and_states_leave_public_weights_out(tmp_path):
+    from PIL import Image
+    for n in range(6):
+        (tmp_path / "photos" / f"kind{n % 2}").mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (30, 30), (40 * n, 90, 200 - 30 * n)).save(tmp_path / f"photos/kind{n % 2}/{n}.png")
+    photos = ["--dataset", "folder", "--data_dir", tmp_path / "photos", "--cache_dir", tmp_path / "cache", "--encoder", ROOT / "tests/fixtures/encoder/hf_clip", "--encoder_size", 25,
+              "--text_len", 9, "--workers", 0, "--save_every", 5]
+    run(tmp_path / "whole", "--encoder_steps", 0, *photos)
+    with pytest.raises(SystemExit):
+        Stop.at(tmp_path / "cut", 7, *photos)
+    names = torch.load(train.find_states(tmp_path / "cut")[0], weights_only=True)["parts"]
+    assert any(name.startswith("model.") for name in names) and not any(name.startswith("encoder.") for name in names)
+    run(tmp_path / "cut", "--resume")
+    for name in ("pretrain", "sft", "reca"):
+        same(weights(tmp_path / f"whole/{name}.pt"), weights(tmp_path / f"cut/{name}.pt"))
+
+
 def test_resume_may_change_the_rate_but_not_the_model(tmp_path):
     out = interrupted(tmp_path / "out", 5, "--stage", "pretrain")
     run(out, "--resume", "--pretrain_lr", 1e-9)
