@@ -298,7 +298,7 @@ def counts(loaded, n: int, seed: int) -> dict:
         found[f"counted_{number}"] = score([attributes(parse(words), scene)["count"] for words, scene in zip(said, scenes)])
     return results_of(found)
 
-ABLATIONS = ["--images 500", "--images 5000", "--drop 0", "--drop 0.3", "--reca_lr 5e-4", "--reca_lr 4e-3", "--i2t 0", "--t2t 0", "--replay 0", "--trains attention",
+ABLATIONS = ["--images 500", "--drop 0", "--drop 0.3", "--reca_lr 5e-4", "--reca_lr 4e-3", "--i2t 0", "--t2t 0", "--replay 0", "--trains attention",
              "--visual_words 4", "--visual_words 8", "--sharpness 0.3", "--sharpness 10", "--reverse_words", "--templates 1", "--templates 4", "--ema 0.99"]
 
 # Runs of train.py by folder: their options. A single stage starts from {main}/pretrain.pt unless told otherwise.
