@@ -298,8 +298,9 @@ def counts(loaded, n: int, seed: int) -> dict:
         found[f"counted_{number}"] = score([attributes(parse(words), scene)["count"] for words, scene in zip(said, scenes)])
     return results_of(found)
 
-ABLATIONS = ["--images 500", "--drop 0", "--drop 0.3", "--reca_lr 5e-4", "--reca_lr 4e-3", "--i2t 0", "--t2t 0", "--replay 0", "--trains attention",
-             "--visual_words 4", "--visual_words 8", "--sharpness 0.3", "--sharpness 10", "--reverse_words", "--templates 1", "--templates 4", "--ema 0.99"]
+ABLATIONS = {option[2:].replace(" ", "_"): option for option in (  # by folder
+    "--images 500", "--drop 0", "--drop 0.3", "--reca_lr 5e-4", "--reca_lr 4e-3", "--i2t 0", "--t2t 0", "--replay 0", "--trains attention",
+    "--visual_words 4", "--visual_words 8", "--sharpness 0.3", "--sharpness 10", "--reverse_words", "--templates 1", "--templates 4", "--ema 0.99")}
 
 # Runs of train.py by folder: their options. A single stage starts from {main}/pretrain.pt unless told otherwise.
 RUNS = {
@@ -309,7 +310,7 @@ RUNS = {
     "reca_sft": "--stage sft --init_from {main}/reca.pt", "sft_reca": "--stage reca --init_from {main}/sft.pt", "reca_reca": "--stage reca --init_from {main}/reca.pt",
     "ar": "--paradigm ar", "mask": "--paradigm mask", "mar": "--paradigm mar",
     "random": "--encoder random --align_steps 950", "clip": "--encoder {encoder} --encoder_size 96 --align_steps 950",
-} | {option[2:].replace(" ", "_"): f"--stage reca {option}" for option in ABLATIONS}
+} | {name: f"--stage reca {option}" for name, option in ABLATIONS.items()}
 
 class Experiment(NamedTuple):
     rows: dict[str, str]              # title: run/checkpoint. Differences are to the row before that is called "base", or to the first
@@ -318,7 +319,7 @@ class Experiment(NamedTuple):
     picture: Callable = compare
 
 BEFORE_AND_AFTER = {"base": "main/pretrain", "RecA": "main/reca"}
-MAIN = {"base": "main/pretrain", "SFT": "main/sft", "RecA": "main/reca"}
+MAIN = {title: f"main/{checkpoint}" for checkpoint, title in TITLES.items()}
 SCORES = [*CATEGORIES, "overall", "dense", "edit", "kept", "kept_places", "understanding"]
 
 EXPERIMENTS = {
@@ -329,9 +330,8 @@ EXPERIMENTS = {
                        ["recon_loss", "overall", "color", "attribute", "dense", "kept", "kept_places", "psnr"]),
     "controls": Experiment(MAIN | {"SFT, own captions": "sft_own/sft", "SFT, dense": "sft_dense/sft", "RecA, SFT": "reca_sft/sft", "SFT, RecA": "sft_reca/reca",
                                    "RecA twice": "reca_reca/reca"}, SCORES),
-    "ablations": Experiment({"RecA": "main/reca"} | {option: f"{option[2:].replace(' ', '_')}/reca" for option in ABLATIONS}, SCORES, picture=compare_many),
-    "paradigms": Experiment(MAIN | {f"{title}, {run}": f"{run}/{checkpoint}" for run in ("ar", "mask", "mar")
-                                    for title, checkpoint in {"base": "pretrain", "SFT": "sft", "RecA": "reca"}.items()}, [*SCORES, "reconstruction"]),
+    "ablations": Experiment({"RecA": "main/reca"} | {option: f"{name}/reca" for name, option in ABLATIONS.items()}, SCORES, picture=compare_many),
+    "paradigms": Experiment(MAIN | {f"{title}, {run}": f"{run}/{checkpoint}" for run in ("ar", "mask", "mar") for checkpoint, title in TITLES.items()}, [*SCORES, "reconstruction"]),
     "counting": Experiment(MAIN, [f"{what}_{number}" for what in ("drawn", "counted") for number in (2, 3, 4)], counts, compare_counts),
     "encoder": Experiment(BEFORE_AND_AFTER | {"base, random": "random/pretrain", "RecA, random": "random/reca", "base, CLIP": "clip/pretrain", "RecA, CLIP": "clip/reca"}, SCORES),
 }

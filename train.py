@@ -342,7 +342,8 @@ class Run:
         torch.manual_seed(cfg.seed)  # on every rank the same: they start with the same weights, and draw the same noise
         self.vocabulary = vocabulary
         self.vocabulary = vocabulary or self.dataset("pretrain").vocabulary
-        self.encoder = encoder or (ViT(scratch_config(cfg.image_size, cfg.patch_size)) if cfg.encoder in ("scratch", "random") else load_encoder(cfg.encoder))
+        self.public = cfg.encoder not in ("scratch", "random")  # the encoder's weights are frozen, and where they came from: never saved
+        self.encoder = encoder or (load_encoder(cfg.encoder) if self.public else ViT(scratch_config(cfg.image_size, cfg.patch_size)))
         options = {f.name: getattr(cfg, f.name) for f in fields(ModelConfig) if hasattr(cfg, f.name)}  # image_size, width, paradigm, ...
         self.model = UnifiedModel(ModelConfig(**options, vocab_size=len(self.vocabulary), encoder_width=self.encoder.cfg.width,
                                               noise_scale=cfg.patch_size / 8, renew=float(cfg.dataset == "shapes")))
@@ -381,10 +382,10 @@ class Run:
 
     def checkpoint(self, stage: str, step: int) -> dict:
         """What sample.py, evaluate.py and a later stage need; see sample.load_checkpoint. Under --shard all ranks have to call this."""
-        scratch, model = self.cfg.encoder in ("scratch", "random"), whole(self.model.state_dict())
+        model = whole(self.model.state_dict())
         return {"format": 1, "stage": stage, "step": step, "model_config": asdict(self.model.cfg), "model": model,
                 "ema": model | whole(self.average) if self.average else None, "vocabulary": self.vocabulary.words, "config": asdict(self.cfg),
-                "encoder": {"name": self.cfg.encoder, "config": asdict(self.encoder.cfg) if scratch else None, "state": whole(self.encoder.state_dict()) if scratch else None}}
+                "encoder": {"name": self.cfg.encoder, "config": None if self.public else asdict(self.encoder.cfg), "state": None if self.public else whole(self.encoder.state_dict())}}
 
     def load(self, path, stage: str) -> None:
         """Takes over the weights of a checkpoint of the same sizes and words, to begin `stage`; anything else is a user's mistake."""
@@ -406,8 +407,7 @@ class Run:
 
     def save_state(self, stage: str, step: int, optimizers, scaler, history: list) -> None:
         """All that --resume needs to go on to the bit. (Python's and NumPy's generators are not used; a batch depends on seed and step alone.)"""
-        public = self.cfg.encoder not in ("scratch", "random")  # frozen, and where it came from: no need to save it every few minutes
-        parts = {name: x for name, x in self.parts.state_dict().items() if not (public and name.startswith("encoder."))}
+        parts = {name: x for name, x in self.parts.state_dict().items() if not (self.public and name.startswith("encoder."))}
         state = self.checkpoint(stage, step) | {
             "parts": whole(parts), "average": whole(self.average), "optimizers": [whole(o.state_dict()) for o in optimizers],
             "scaler": scaler.state_dict(), "rng": {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state() if self.policy.device.type == "cuda" else None},
