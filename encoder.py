@@ -238,14 +238,22 @@ def scratch_config(image_size: int, patch_size: int, width: int = 128, depth: in
 
 # N codes an image, C codes in all, d channels of the bottleneck
 
+class Conv(nn.Linear):
+    """A convolution that keeps its size. Its weight is a matrix, (out, in * side * side), so that Muon takes it: at equal steps AdamW loses shapes."""
+    def __init__(self, channels: int, out: int, side: int):
+        super().__init__(channels * side ** 2, out)
+        self.side = side
+
+    def forward(self, x):                                                        # (B, channels, H, W) -> (B, out, H, W)
+        return F.conv2d(x, self.weight.unflatten(1, (-1, self.side, self.side)), self.bias, padding=self.side // 2)
+
 class ResBlock(nn.Module):
     def __init__(self, width: int):
         super().__init__()
-        self.norm = nn.GroupNorm(8, width)
-        self.conv, self.out_conv = nn.Conv2d(width, width, 3, padding=1), nn.Conv2d(width, width, 1)
+        self.conv, self.out_conv = Conv(width, width, 3), Conv(width, width, 1)
 
     def forward(self, x):
-        return x + self.out_conv(F.silu(self.conv(F.silu(self.norm(x)))))
+        return x + self.out_conv(F.silu(self.conv(F.silu(x))))
 
 class Tokenizer(nn.Module):
     """A small convolutional autoencoder whose middle is rounded: finite scalar quantisation, FSQ (arXiv 2309.15505).
@@ -260,10 +268,10 @@ class Tokenizer(nn.Module):
         self.side = image_size // stride
         self.register_buffer("levels", torch.tensor(levels), persistent=False)
         self.register_buffer("basis", torch.tensor([math.prod(levels[:i]) for i in range(d)]), persistent=False)
-        self.encoder = nn.Sequential(nn.PixelUnshuffle(first), nn.Conv2d(3 * first ** 2, w, 3, padding=1), ResBlock(w), nn.PixelUnshuffle(2),
-                                     nn.Conv2d(4 * w, w, 1), ResBlock(w), ResBlock(w), nn.GroupNorm(8, w), nn.Conv2d(w, d, 1), Rearrange("b d h w -> b (h w) d"))
-        self.decoder = nn.Sequential(nn.Conv2d(d, w, 1), ResBlock(w), ResBlock(w), nn.Conv2d(w, 4 * w, 1), nn.PixelShuffle(2),
-                                     ResBlock(w), nn.GroupNorm(8, w), nn.Conv2d(w, 3 * first ** 2, 3, padding=1), nn.PixelShuffle(first))
+        self.encoder = nn.Sequential(nn.PixelUnshuffle(first), Conv(3 * first ** 2, w, 3), ResBlock(w), nn.PixelUnshuffle(2),
+                                     Conv(4 * w, w, 1), ResBlock(w), ResBlock(w), Conv(w, d, 1), Rearrange("b d h w -> b (h w) d"))
+        self.decoder = nn.Sequential(Conv(d, w, 1), ResBlock(w), ResBlock(w), Conv(w, 4 * w, 1), nn.PixelShuffle(2),
+                                     ResBlock(w), Conv(w, 3 * first ** 2, 3), nn.PixelShuffle(first))
 
     def quantize(self, z):
         """Any z (..., d) -> rounded values in [-1, 1]; the gradient passes straight through the rounding."""

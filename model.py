@@ -251,7 +251,7 @@ class UnifiedModel(nn.Module):
             elif "lm_head" in name or "flow_head" in name or ".ada." in name:
                 nn.init.zeros_(p)
             else:
-                nn.init.normal_(p, std=0.02 if p.ndim == 2 and "raw_proj" not in name else p[0].numel() ** -0.5)  # convolutions by their fan-in
+                nn.init.normal_(p, std=p.shape[1] ** -0.5 if "raw_proj" in name or "tokenizer" in name else 0.02)
         nn.init.normal_(self.wte.weight)                                         # words and places have to be heard beside what the blocks
         nn.init.normal_(self.text_pos, std=0.3)                                  # add: "top left" is learnt four times as fast as with 0.02
         nn.init.normal_(self.image_pos)

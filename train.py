@@ -496,8 +496,8 @@ def read_state(out: Path) -> dict | None:
 # ------------------------------------------------------------------------------------------------------------- The loop
 
 def make_optimizers(chosen: dict[str, nn.Parameter], cfg: Config) -> list[torch.optim.Optimizer]:
-    """Muon (torch.optim, arXiv 2502.16982) for the matrices of the blocks, AdamW for embeddings, heads, norms and the rest."""
-    matrices = {name: p for name, p in chosen.items() if p.ndim == 2 and "blocks." in name}
+    """Muon (torch.optim, arXiv 2502.16982) for the matrices of the blocks and of the tokenizer, AdamW for embeddings, heads, norms and the rest."""
+    matrices = {name: p for name, p in chosen.items() if p.ndim == 2 and ("blocks." in name or "tokenizer." in name)}
     rest = [p for name, p in chosen.items() if name not in matrices]
     adamw = [torch.optim.AdamW(rest, betas=(0.9, 0.95), weight_decay=cfg.weight_decay, fused=True)] if rest else []
     return adamw + ([torch.optim.Muon(matrices.values(), weight_decay=cfg.weight_decay, adjust_lr_fn="match_rms_adamw")] if matrices else [])

@@ -8,6 +8,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 sys.path.insert(0, os.path.join(os.path.dirname(__file__), ".."))
+from encoder import Conv  # noqa: E402
 from model import IMAGES, ModelConfig, UnifiedModel, patchify, unpatchify  # noqa: E402
 
 B, T, N, V, C = 2, 7, 9, 13, 24
@@ -181,6 +182,24 @@ def test_tokenizer_decodes_what_it_encodes():
     torch.testing.assert_close(tokenizer.decode(codes), tokenizer(images).clamp(0, 1))
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("side", [1, 3])
+def test_convolution_with_a_matrix_for_a_weight(side):
+    conv, torchs = Conv(5, 8, side), nn.Conv2d(5, 8, side, padding=side // 2)
+    torchs.weight.copy_(conv.weight.view_as(torchs.weight)), torchs.bias.copy_(conv.bias)
+    x = torch.randn(B, 5, 7, 6)
+    torch.testing.assert_close(conv(x), torchs(x))
+    assert conv.weight.ndim == 2, "Muon takes matrices"
+
+
+def test_a_code_does_not_depend_on_what_is_far_away():
+    tokenizer, images = small("ar", code_stride=4, image_size=48).tokenizer, torch.rand(1, 3, 48, 48)
+    near, far = images.clone(), images.clone()
+    near[..., :4, :4], far[..., -4:, -4:] = 0, 0                                 # the patch of the first code, and of the last
+    states = [tokenizer.encoder(x * 2 - 1)[0, 0] for x in (images, near, far)]
+    assert not torch.equal(states[0], states[1]) and torch.equal(states[0], states[2])
+
+
 def test_patches_are_slices_and_go_round():
     images = torch.rand(B, 3, 12, 12)
     patches = patchify(images, 4)
@@ -207,6 +226,8 @@ def test_initial_values(paradigm):
             assert (p == 1).all(), name
         if "flow_head" in name or ".ada." in name:
             assert (p == 0).all(), f"{name} has to start at zero"
+        if "tokenizer" in name and p.numel() > 500:
+            assert abs(p.std() * p.shape[1] ** 0.5 - 1) < 0.2, f"{name} has to start by its fan-in"
 
 
 # -- the caption tower

@@ -591,6 +591,15 @@ def test_accumulated_parts_are_one_batch(tmp_path):
     torch.testing.assert_close(ends[0], ends[2])
 
 
+def test_muon_takes_the_matrices_inside_and_adamw_the_rest(tmp_path):
+    run, cfg, _ = toy(tmp_path, "--paradigm", "ar")
+    named = {id(p): name for name, p in run.parts.named_parameters()}
+    adamw, muon = ({named[id(p)] for group in o.param_groups for p in group["params"]} for o in train.make_optimizers(dict(run.parts.named_parameters()), cfg))
+    assert adamw | muon == set(named.values()) and not adamw & muon
+    assert {"model.blocks.0.attn.out_proj.weight", "model.connector.blocks.0.down_proj.weight", "model.tokenizer.decoder.0.weight"} <= muon
+    assert {"model.wte.weight", "model.lm_head.weight", "model.text_pos", "model.image_pos", "model.tokenizer.decoder.0.bias"} <= adamw
+
+
 def test_float16_scales_the_loss_and_skips_a_step_that_overflows(tmp_path):
     _, cfg, policy = toy(tmp_path, "--dtype", "float16")
     core, scaler = Squares(), torch.amp.GradScaler("cpu", init_scale=2.0 ** 8)
