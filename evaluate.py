@@ -16,6 +16,7 @@ Six categories after GenEval (arXiv 2310.11513), and more:
                understanding_shape, _color, _count, _arrangement (the places or the relation)
     reconstruction  an image drawn again from its visual words keeps all objects, colors and places. kept: the share of objects whose shape and
                color are found again; kept_places: in the same cell as well; psnr: of the pixels, in dB
+    tokenizer  of ar and mask: 500 test images keep all through their codes alone; tokenizer_psnr, in dB; codes_used: the share of codes that occur in them
 
 The scenes that are asked for are of the kinds single, group, pair (two objects face to face), spread (two anywhere) and several (three): see data.py.
 No detector is needed: a cell's content is the render that comes nearest in squared error, and an image scores where its
@@ -150,7 +151,15 @@ def evaluate(loaded, n: int = 240, seed: int = 0) -> dict:
     kept = [((objects(row) & objects(there)).total(), objects(there).total()) for row, there in zip(again, truth)]
     hits["kept"] = [i < found_again for found_again, all_of_them in kept for i in range(all_of_them)]
     hits["kept_places"] = [a == b for row, there in zip(again, truth) for a, b in zip(row, there) if b]
-    found["psnr"] = mean(-10 * (drawn - images).square().flatten(1).mean(1).clamp(min=1e-6).log10())
+    psnr = lambda drawn, images: mean(-10 * (drawn - images).square().flatten(1).mean(1).clamp(min=1e-6).log10())
+    found["psnr"] = psnr(drawn, images)
+    if model.tokenizer:
+        batch = test.__getitems__([(0, i) for i in range(500)])
+        codes = model.tokenizer.encode(batch["image"].to(model.device))
+        drawn, used = model.tokenizer.decode(codes).cpu(), set(codes.flatten().tolist())
+        hits["tokenizer"] = [row == there for row, there in zip(read_cells(drawn, test.atlas).tolist(), batch["grid"].tolist())]
+        hits["codes_used"] = [code in used for code in range(model.cfg.codes)]
+        found["tokenizer_psnr"] = psnr(drawn, batch["image"])
 
     scenes, instructions, wanted = zip(*edits(n, seed))
     for name, think in {"edit": True, "edit_direct": False}.items():
@@ -201,7 +210,7 @@ def mmd(a, b, sigma: float = 10.0) -> float:
     return (within(a) + within(b) - 2 * kernel(a, b).mean()).item()
 
 TITLES = {"pretrain": "base", "sft": "SFT", "reca": "RecA"}
-COLUMNS = [*CATEGORIES, "overall", "dense", "edit", "edit_direct", "reconstruction", "kept", "kept_places", "understanding", "psnr", "cosine", "t2i_cosine", "frechet", "mmd"]
+COLUMNS = [*CATEGORIES, "overall", "dense", "edit", "edit_direct", "reconstruction", "kept", "kept_places", "understanding", "psnr", "tokenizer", "tokenizer_psnr", "codes_used", "cosine", "t2i_cosine", "frechet", "mmd"]
 
 def table(results: dict) -> str:
     """results.json as aligned text, a checkpoint a line."""
@@ -309,7 +318,7 @@ RUNS = {
     "sft_own": "--stage sft --captions own", "sft_dense": "--stage sft --captions dense",
     "reca_sft": "--stage sft --init_from {main}/reca.pt", "sft_reca": "--stage reca --init_from {main}/sft.pt", "reca_reca": "--stage reca --init_from {main}/reca.pt",
     "ar": "--paradigm ar", "mask": "--paradigm mask", "mar": "--paradigm mar",
-    "random": "--encoder random --align_steps 950", "clip": "--encoder {encoder} --encoder_size 96 --align_steps 950",
+    "random": "--encoder random --align_steps 950", "clip": "--encoder {encoder} --encoder_size 48 --align_steps 950",
 } | {name: f"--stage reca {option}" for name, option in ABLATIONS.items()}
 
 class Experiment(NamedTuple):

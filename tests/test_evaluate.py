@@ -143,7 +143,7 @@ def test_distances_of_features():
 # Scores of models that do exactly what is told here, and the experiments
 
 
-def model_that(monkeypatch, caption=D.describe, drawn=lambda prompt: D.Scene("single", (), 0), again=lambda i, scene: scene, edited=lambda i, after, before, think: after):
+def model_that(monkeypatch, caption=D.describe, drawn=lambda prompt: D.Scene("single", (), 0), again=lambda i, scene: scene, edited=lambda i, after, before, think: after, tokenizer=None):
     """A checkpoint of which these functions say what it does: of a scene its caption; of a prompt, a scene or an edit the scene that it draws."""
     known = [D.Shapes("test").scene(i) for i in range(40)]
     images_of_known = list(pictures(known))
@@ -163,7 +163,7 @@ def model_that(monkeypatch, caption=D.describe, drawn=lambda prompt: D.Scene("si
         return pictures([edited(i, after, before, think) for i, (before, _, after) in enumerate(E.edits(len(images), 0))])
 
     monkeypatch.setattr(E, "edit", edit)
-    return SimpleNamespace(model=SimpleNamespace(cfg=SimpleNamespace(image_size=48)), encoder=None, vocabulary=None)
+    return SimpleNamespace(model=SimpleNamespace(cfg=SimpleNamespace(image_size=48, codes=200), device="cpu", tokenizer=tokenizer), encoder=None, vocabulary=None)
 
 
 def changed_first(scene, **change):
@@ -187,6 +187,21 @@ def test_kept_objects_kept_places_and_psnr(monkeypatch):
     assert painted["cases"]["kept"] == count and painted["interval"]["kept"] == E.interval(painted["kept"], count)
     twice = E.evaluate(model_that(monkeypatch, again=lambda i, scene: replace(scene, things=(*scene.things, replace(scene.things[0], cell=free_cell(scene))))), 40)
     assert twice["kept"] == 1 and twice["reconstruction"] == 0, "an object too many is no object lost"
+
+
+def test_what_a_tokenizer_keeps_and_uses(monkeypatch):
+    class Tokenizer:
+        def encode(self, images):
+            self.images = images
+            return torch.arange(500)[:, None].expand(500, 36) % 150
+
+        def decode(self, codes):
+            assert codes[7, 0] == 7
+            return torch.cat([self.images[1:51], self.images[50:]])  # scenes 0 to 49 become their neighbours
+
+    found = E.evaluate(model_that(monkeypatch, tokenizer=Tokenizer()), 5)
+    assert found["codes_used"] == 0.75 and found["tokenizer"] == pytest.approx(0.9) and 50 < found["tokenizer_psnr"] < 60
+    assert "tokenizer" not in E.evaluate(model_that(monkeypatch), 5)
 
 
 def test_edits_by_kind_and_drawn_at_once(monkeypatch):
