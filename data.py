@@ -14,7 +14,7 @@ Every data set here answers one question, `__getitems__([(epoch, index), ...])`,
     caption   (B, T) long   <bos> words <eos> <pad> ...   what the generator reads (sparse)
     full      (B, T) long   a full description            what the understanding side reads
     wording   (B, T) long   the same in another wording   what the model is taught to say of an image; shapes: the canonical one
-    canonical (B, T) long   the same in a fixed wording and order: what the visual words learn to say
+    canonical (B, T) long   the same in a fixed wording and order: what the visual words learn to say; ANY where they are free to say more
     question, answer (B, T)  words to words: a full description and its wording; shapes: or a description, an instruction, and what it makes
     features  (B, tokens, D_enc) float16   what the encoder says of `image`, where that was computed before (`cache_features`)
 
@@ -52,6 +52,7 @@ from tqdm import tqdm
 
 PAD, BOS, EOS, UNK = 0, 1, 2, 3
 SPECIALS = ["<pad>", "<bos>", "<eos>", "<unk>"]
+ANY = -100  # in place of a word that is not asked for; torch's losses skip it
 
 def split_words(text: str) -> list[str]:
     """Lower-case words and single punctuation marks."""
@@ -520,6 +521,7 @@ class Photos(Dataset):
             for name, text in zip(said, lines[:1] * 2 + (rng.sample(lines, 2) if len(lines) > 1 else lines * 2)):
                 said[name].append(self.vocabulary.encode(text, self.text_len))
         said = {name: torch.tensor(ids) for name, ids in said.items()}
+        said["canonical"].masked_fill_(said["canonical"] == PAD, ANY)            # a class's name says little of a photograph
         bad = [(os.path.join(self.root, self.files[i]), self.bad[i]) for i in dict.fromkeys(skipped)]
         return {"image": to_tensor(images), **said, "question": said["full"], "answer": said["wording"], "bad": bad}
 

@@ -16,7 +16,7 @@ Six categories after GenEval (arXiv 2310.11513), and more:
                understanding_shape, _color, _count, _arrangement (the places or the relation)
     reconstruction  an image drawn again from its visual words keeps all objects, colors and places. kept: the share of objects whose shape and
                color are found again; kept_places: in the same cell as well; psnr: of the pixels, in dB
-    tokenizer  of ar and mask: 500 test images keep all through their codes alone; tokenizer_psnr, in dB; codes_used: the share of codes that occur in them
+    tokenizer  of ar and mask: the 2,000 test images keep all through their codes alone; tokenizer_psnr, in dB; codes_used: the share of codes that occur in them
 
 The scenes that are asked for are of the kinds single, group, pair (two objects face to face), spread (two anywhere) and several (three): see data.py.
 No detector is needed: a cell's content is the render that comes nearest in squared error, and an image scores where its
@@ -154,7 +154,7 @@ def evaluate(loaded, n: int = 240, seed: int = 0) -> dict:
     psnr = lambda drawn, images: mean(-10 * (drawn - images).square().flatten(1).mean(1).clamp(min=1e-6).log10())
     found["psnr"] = psnr(drawn, images)
     if model.tokenizer:
-        batch = test.__getitems__([(0, i) for i in range(500)])
+        batch = test.__getitems__([(0, i) for i in range(len(test))])
         codes = model.tokenizer.encode(batch["image"].to(model.device))
         drawn, used = model.tokenizer.decode(codes).cpu(), set(codes.flatten().tolist())
         hits["tokenizer"] = [row == there for row, there in zip(read_cells(drawn, test.atlas).tolist(), batch["grid"].tolist())]

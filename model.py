@@ -55,7 +55,7 @@ class ModelConfig:
     condition: str = "words"      # RecA's. Controls of higher fidelity: "features", the patch tokens through an MLP; "pixels", the patches through one matrix
     draws: int = 1                # in training, how often each image is noised or masked behind its prefix
     renew: float = 1.0            # flow: share of the noise that sampling draws anew at each step; flat shapes: all, photographs: none
-    noise_scale: float = 2.0      # flow, mar: standard deviation of the noise; larger for larger patches, arXiv 2511.13720
+    noise_scale: float = 2.0      # flow, mar: standard deviation of the noise; larger for larger images, arXiv 2511.13720
     flow_mlp_width: int = 256     # mar: the head that draws one patch
     flow_mlp_depth: int = 3
     code_stride: int = 8          # ar, mask: side in pixels of what one code stands for

@@ -170,8 +170,8 @@ def mean_where(mask, values):
 # ---- What the condition's side learns from: the connector, the tokenizer, and an encoder from scratch with its throw-away text tower
 
 def words_loss(words, canonical):
-    """-log p(word k of the canonical description | image), mean over the K places: parallel prediction (CapPa, arXiv 2306.07915, section 3).
-    words (B, K, V), canonical (B, T). Not in RecA's paper, whose language models read loose features; here it makes visual words language."""
+    """-log p(word k of the canonical description | image), mean over the places asked for: parallel prediction (CapPa, arXiv 2306.07915, section 3).
+    words (B, K, V), canonical (B, T), data.ANY where nothing is asked. Not in RecA's paper, whose language models read loose features; here it makes visual words language."""
     return F.nll_loss(words.clamp(min=1e-9).log().flatten(0, 1), canonical[:, 1:].flatten())
 
 def caption_loss(logits, caption):

@@ -328,6 +328,8 @@ def test_class_lists_give_names_and_synonyms(tmp_path):
         for epoch in range(40):
             batch = dataset.__getitems__([(epoch, 0), (epoch, 12)])
             assert not torch.equal(batch["full"], batch["wording"])
+            over = batch["caption"] == data.PAD
+            assert torch.equal(batch["canonical"], batch["caption"].masked_fill(over, data.ANY)) and over.any(), "after a caption visual words are free"
             for k in said:
                 said[k] |= {dataset.vocabulary.decode(row.tolist()) for row in batch[k]}
         assert said["caption"] == {"a photo of a goldfish", "a photo of an umbrella"}

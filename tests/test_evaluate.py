@@ -193,11 +193,11 @@ def test_what_a_tokenizer_keeps_and_uses(monkeypatch):
     class Tokenizer:
         def encode(self, images):
             self.images = images
-            return torch.arange(500)[:, None].expand(500, 36) % 150
+            return torch.arange(2000)[:, None].expand(2000, 36) % 150
 
         def decode(self, codes):
             assert codes[7, 0] == 7
-            return torch.cat([self.images[1:51], self.images[50:]])  # scenes 0 to 49 become their neighbours
+            return torch.cat([self.images[1:201], self.images[200:]])  # scenes 0 to 199 become their neighbours
 
     found = E.evaluate(model_that(monkeypatch, tokenizer=Tokenizer()), 5)
     assert found["codes_used"] == 0.75 and found["tokenizer"] == pytest.approx(0.9) and 50 < found["tokenizer_psnr"] < 60

@@ -13,6 +13,7 @@ sys.path.insert(0, os.path.dirname(__file__))
 from test_model import B, C, N, T, V, one_thread, small  # noqa: E402, F401
 
 import recon_loss as R  # noqa: E402
+from data import ANY  # noqa: E402
 from model import IMAGES, UnifiedModel, patchify  # noqa: E402
 
 
@@ -217,6 +218,9 @@ def test_words_loss_compares_place_by_place():
     assert R.words_loss(F.one_hot(ids[:, 1:], V).float(), ids) == 0
     assert R.words_loss(F.one_hot(ids[:, 1:].roll(1, 1), V).float(), ids) > 5
     assert R.words_loss(torch.full((B, T - 1, V), 1 / V), ids).item() == pytest.approx(math.log(V), rel=1e-5)
+    words = torch.rand(B, T - 1, V).softmax(-1)
+    asked = -torch.stack([words[b, k, ids[b, k + 1]].log() for b in range(B) for k in range(2)]).mean()
+    torch.testing.assert_close(R.words_loss(words, torch.cat([ids[:, :3], torch.full((B, T - 3), ANY)], 1)), asked)  # the others are free
 
 
 def test_caption_loss_is_of_the_next_word():

@@ -263,6 +263,7 @@ shapes | unrecognized
 --visual_words 18 | at most 17
 --trains mlp | invalid choice
 --sharpness -1 | at least 0
+--noise_scale 0 | a positive number
 --templates 5 | in 0 to 4
 --condition pixels | only --stage reca
 --dataset imagenet --data_dir {place} --encoder random | control on the shapes
