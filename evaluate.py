@@ -318,7 +318,7 @@ RUNS = {
     "sft_own": "--stage sft --captions own", "sft_dense": "--stage sft --captions dense",
     "reca_sft": "--stage sft --init_from {main}/reca.pt", "sft_reca": "--stage reca --init_from {main}/sft.pt", "reca_reca": "--stage reca --init_from {main}/reca.pt",
     "ar": "--paradigm ar", "mask": "--paradigm mask", "mar": "--paradigm mar",
-    "random": "--encoder random --align_steps 950", "clip": "--encoder {encoder} --encoder_size 48 --align_steps 950",
+    "noise_3": "--noise_scale 3", "random": "--encoder random --align_steps 950", "clip": "--encoder {encoder} --encoder_size 48 --align_steps 950",
 } | {name: f"--stage reca {option}" for name, option in ABLATIONS.items()}
 
 class Experiment(NamedTuple):
@@ -328,20 +328,25 @@ class Experiment(NamedTuple):
     picture: Callable = compare
 
 BEFORE_AND_AFTER = {"base": "main/pretrain", "RecA": "main/reca"}
-MAIN = {title: f"main/{checkpoint}" for checkpoint, title in TITLES.items()}
+
+def all_of(*runs: str) -> dict[str, str]:
+    """The rows of whole runs: base, SFT and RecA of each."""
+    return {title + (f", {run}" if run != "main" else ""): f"{run}/{checkpoint}" for run in runs for checkpoint, title in TITLES.items()}
+
 SCORES = [*CATEGORIES, "overall", "dense", "edit", "kept", "kept_places", "understanding"]
 
 EXPERIMENTS = {
-    "main": Experiment(MAIN, [*SCORES, "reconstruction"]),
+    "main": Experiment(all_of("main"), [*SCORES, "reconstruction"]),
     "broccoli": Experiment(BEFORE_AND_AFTER, ["recognized", "drawn"], broccoli, compare_broccoli),
-    "reconstruction": Experiment(MAIN, ["kept", "kept_places", "reconstruction", "psnr"], picture=compare_reconstructions),
+    "reconstruction": Experiment(all_of("main"), ["kept", "kept_places", "reconstruction", "psnr"], picture=compare_reconstructions),
     "copy": Experiment({"base": "main/pretrain", "words": "main/reca", "features": "features/reca", "pixels": "pixels/reca"},
                        ["recon_loss", "overall", "color", "attribute", "dense", "kept", "kept_places", "psnr"]),
-    "controls": Experiment(MAIN | {"SFT, own captions": "sft_own/sft", "SFT, dense": "sft_dense/sft", "RecA, SFT": "reca_sft/sft", "SFT, RecA": "sft_reca/reca",
-                                   "RecA twice": "reca_reca/reca"}, SCORES),
+    "controls": Experiment(all_of("main") | {"SFT, own captions": "sft_own/sft", "SFT, dense": "sft_dense/sft", "RecA, SFT": "reca_sft/sft", "SFT, RecA": "sft_reca/reca",
+                                             "RecA twice": "reca_reca/reca"}, SCORES),
     "ablations": Experiment({"RecA": "main/reca"} | {option: f"{name}/reca" for name, option in ABLATIONS.items()}, SCORES, picture=compare_many),
-    "paradigms": Experiment(MAIN | {f"{title}, {run}": f"{run}/{checkpoint}" for run in ("ar", "mask", "mar") for checkpoint, title in TITLES.items()}, [*SCORES, "reconstruction"]),
-    "counting": Experiment(MAIN, [f"{what}_{number}" for what in ("drawn", "counted") for number in (2, 3, 4)], counts, compare_counts),
+    "paradigms": Experiment(all_of("main", "ar", "mask", "mar"), [*SCORES, "reconstruction"]),
+    "noise": Experiment(all_of("main", "noise_3"), [*SCORES, "reconstruction"]),
+    "counting": Experiment(all_of("main"), [f"{what}_{number}" for what in ("drawn", "counted") for number in (2, 3, 4)], counts, compare_counts),
     "encoder": Experiment(BEFORE_AND_AFTER | {"base, random": "random/pretrain", "RecA, random": "random/reca", "base, CLIP": "clip/pretrain", "RecA, CLIP": "clip/reca"}, SCORES),
 }
 T95 = [12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262]  # Student's t, 97.5%, by the number of seeds less 2
