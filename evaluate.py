@@ -20,7 +20,7 @@ Six categories after GenEval (arXiv 2310.11513), and more:
 
 The scenes that are asked for are of the kinds single, group, pair (two objects face to face), spread (two anywhere) and several (three): see data.py.
 No detector is needed: a cell's content is the render that comes nearest in squared error, and an image scores where its
-cells are exactly what was asked for, no more and no less. Photographs have no such truth; for them see `photographs`.
+cells are exactly what was asked for, no more and no less. Photographs have no such truth: see `photographs` for what is measured of them.
 
 # B batch, G = GRID * GRID cells
 """
@@ -28,6 +28,7 @@ import argparse
 import json
 import math
 import random
+import re
 import shlex
 import statistics
 import subprocess
@@ -40,7 +41,7 @@ from typing import Callable, NamedTuple
 import torch
 from einops import rearrange
 
-from data import (COLORS, EDITS, GRID, KINDS, NUMBERS, PLURALS, SHAPES, USUAL_COLOR, Claim, Scene, Shapes, Thing, describe, holds, image_grid, is_full, parse, random_edit, random_scene,
+from data import (COLORS, EDITS, GRID, KINDS, NUMBERS, PLURALS, SHAPES, USUAL_COLOR, Claim, Scene, Shapes, Thing, describe, holds, image_grid, is_full, make_dataset, parse, random_edit, random_scene,
                   render, sprites, to_grid)
 from sample import caption, edit, load_checkpoint, reconstruct, sample_image, text_to_image
 
@@ -95,6 +96,10 @@ def mean(values) -> tuple[float, int, list[float]]:
     middle, half = values.mean().item(), 1.96 * values.std().item() / len(values) ** 0.5 if len(values) > 1 else math.inf
     return middle, len(values), [round(middle - half, 4), round(middle + half, 4)]
 
+def psnr(drawn, images) -> tuple[float, int, list[float]]:
+    """Of images (B, 3, H, W) in [0, 1], in dB, at most 60; the mean."""
+    return mean(-10 * (drawn - images).square().flatten(1).mean(1).clamp(min=1e-6).log10())
+
 def objects(grid) -> Counter:
     """(shape, color), as a cell says it -> how many there are."""
     return Counter(cell for cell in grid if cell > 0)
@@ -123,10 +128,13 @@ def results_of(found: dict[str, tuple]) -> dict:
 
 @torch.no_grad()
 def evaluate(loaded, n: int = 240, seed: int = 0) -> dict:
-    """All categories of a checkpoint on the shapes world: {category: share right}, with "cases" and 95% "interval"s by category.
+    """All categories of a checkpoint of the shapes world: {category: share right}, with "cases" and 95% "interval"s by category; of one of
+    photographs see `photographs`.
 
     The prompts, scenes and noise depend on seed alone: two checkpoints are compared on the same ones.
     """
+    if loaded.config["dataset"] != "shapes":
+        return photographs(loaded, n, seed)
     model, encoder, vocabulary = loaded.model, loaded.encoder, loaded.vocabulary
     test = Shapes("test", model.cfg.image_size)
     noise = lambda: torch.Generator().manual_seed(seed)
@@ -151,7 +159,6 @@ def evaluate(loaded, n: int = 240, seed: int = 0) -> dict:
     kept = [((objects(row) & objects(there)).total(), objects(there).total()) for row, there in zip(again, truth)]
     hits["kept"] = [i < found_again for found_again, all_of_them in kept for i in range(all_of_them)]
     hits["kept_places"] = [a == b for row, there in zip(again, truth) for a, b in zip(row, there) if b]
-    psnr = lambda drawn, images: mean(-10 * (drawn - images).square().flatten(1).mean(1).clamp(min=1e-6).log10())
     found["psnr"] = psnr(drawn, images)
     if model.tokenizer:
         batch = test.__getitems__([(0, i) for i in range(len(test))])
@@ -169,35 +176,42 @@ def evaluate(loaded, n: int = 240, seed: int = 0) -> dict:
     found = {name: score(row) for name, row in hits.items() if row} | found
     return {"overall": sum(found[c][0] for c in CATEGORIES) / len(CATEGORIES)} | results_of(found)
 
-@torch.no_grad()
-def photographs(loaded, dataset, n: int = 240, seed: int = 0) -> dict:
-    """Held-out photographs, drawn again from their visual words, and drawn from their captions.
-
-    psnr        in dB, of the reconstruction
-    cosine      between the encoder's pooled features of photograph and reconstruction, mean; semantic likeness
-    t2i_cosine  the same for an image drawn from the caption
-    frechet     between the two sets of pooled features, reconstructions against photographs (FID's formula, this encoder's features)
-    mmd         squared kernel distance of the same sets (CMMD's Gaussian kernel, arXiv 2401.09603), times 1000
-    """
-    model, encoder = loaded.model, loaded.encoder
+def held_out(loaded, n: int) -> dict:
+    """A batch of n photographs from all over the test split that the checkpoint's training left out, or of as many as there are."""
+    cfg = loaded.config
+    dataset = make_dataset(cfg["dataset"], "test", cfg["data_dir"], cfg["image_size"], cfg["seed"], loaded.vocabulary, cfg["text_len"], cfg["cache_dir"])
     n = min(n, len(dataset))
-    batch = dataset.__getitems__([(0, i * len(dataset) // n) for i in range(n)])
+    return dataset.__getitems__([(0, i * len(dataset) // n) for i in range(n)])
+
+@torch.no_grad()
+def photographs(loaded, n: int = 240, seed: int = 0) -> dict:
+    """Held-out photographs, drawn again from their visual words, and drawn from their captions (t2i_).
+
+    psnr              in dB, of the reconstruction
+    cosine            between the encoder's pooled features of photograph and drawing, mean: semantic likeness
+    frechet           between the two sets of pooled features, drawings against photographs (FID's formula, this encoder's features)
+    mmd               squared kernel distance of the same sets (CMMD's Gaussian kernel, arXiv 2401.09603), times 1000
+    """
+    model, batch = loaded.model, held_out(loaded, n)
     images, words = batch["image"], batch["caption"].to(model.device)
     noise = lambda: torch.Generator().manual_seed(seed)
-    again = reconstruct(model, encoder, images, generator=noise()).cpu()
-    drawn = sample_image(model, model.text_prefix(words), noise()).cpu()
-    real, fake, told = (torch.cat([pooled(encoder(model.for_encoder(part.to(model.device)))) for part in x.split(64)]).cpu() for x in (images, again, drawn))
-    mse = (again - images).square().flatten(1).mean(1)
-    cosine = torch.nn.functional.cosine_similarity
-    return {"psnr": (-10 * mse.log10()).mean().item(), "cosine": cosine(real, fake).mean().item(), "t2i_cosine": cosine(real, told).mean().item(),
-            "frechet": frechet(real, fake), "mmd": 1000 * mmd(real, fake), "cases": {"photographs": n}}
+    look = lambda images: torch.cat([pooled(loaded.encoder(model.for_encoder(part.to(model.device)))) for part in images.split(64)]).cpu()
+    real, again = look(images), reconstruct(model, loaded.encoder, images, generator=noise()).cpu()
+    found, distances = {"psnr": psnr(again, images)}, {}
+    for prefix, drawn in (("", again), ("t2i_", sample_image(model, model.text_prefix(words), noise()))):
+        fake = look(drawn)
+        found[f"{prefix}cosine"] = mean(torch.nn.functional.cosine_similarity(real, fake))
+        distances |= {f"{prefix}frechet": frechet(real, fake), f"{prefix}mmd": 1000 * mmd(real, fake)}
+    return distances | results_of(found)
 
 def pooled(features):
     """The encoder's one vector an image; where it has none, the mean of its patch tokens. (B, P)."""
     return (features.pooled if features.pooled is not None else features.patch_tokens.mean(1)).float()
 
 def frechet(a, b) -> float:
-    """|mean_a - mean_b|^2 + tr(A + B - 2 (A B)^(1/2)) of features (n, P) (arXiv 1706.08500, eq. 6); biased upwards for small n."""
+    """|mean_a - mean_b|^2 + tr(A + B - 2 (A B)^(1/2)) of features (n, P) (arXiv 1706.08500, eq. 6); biased upwards for small n. nan of a single image, or of features that are no numbers."""
+    if min(len(a), len(b)) < 2 or not (a.sum() + b.sum()).isfinite():  # LAPACK would abort the process
+        return math.nan
     A, B = (x.double().T.cov() for x in (a, b))
     root = torch.linalg.eigvals(A @ B).real.clamp(min=0).sqrt().sum()
     return ((a - b).double().mean(0).square().sum() + A.trace() + B.trace() - 2 * root).item()
@@ -210,7 +224,7 @@ def mmd(a, b, sigma: float = 10.0) -> float:
     return (within(a) + within(b) - 2 * kernel(a, b).mean()).item()
 
 TITLES = {"pretrain": "base", "sft": "SFT", "reca": "RecA"}
-COLUMNS = [*CATEGORIES, "overall", "dense", "edit", "edit_direct", "reconstruction", "kept", "kept_places", "understanding", "psnr", "tokenizer", "tokenizer_psnr", "codes_used", "cosine", "t2i_cosine", "frechet", "mmd"]
+COLUMNS = [*CATEGORIES, "overall", "dense", "edit", "edit_direct", "reconstruction", "kept", "kept_places", "understanding", "psnr", "tokenizer", "tokenizer_psnr", "codes_used", "cosine", "frechet", "mmd", "t2i_cosine", "t2i_frechet", "t2i_mmd"]
 
 def table(results: dict) -> str:
     """results.json as aligned text, a checkpoint a line."""
@@ -222,7 +236,9 @@ def table(results: dict) -> str:
 # Pictures for people: checkpoints side by side, the same prompts and the same noise. note: a line below, how it was made
 
 def compare(checkpoints: list, names: list[str], path, seed: int = 0, note: str = "", asked=None) -> None:
-    """Prompts, drawn by each checkpoint."""
+    """Prompts, drawn by each checkpoint; photographs are drawn from their visual words."""
+    if checkpoints[0].config["dataset"] != "shapes":
+        return compare_reconstructions(checkpoints, names, path, seed, note)
     asked = asked or [prompts(category, 2, seed + 7)[i] for category in ("color", "attribute", "position", "counting", "dense") for i in range(2)]
     many, rows = max(1, min(4, 16 // len(checkpoints))), [[] for _ in asked]
     for loaded in checkpoints:
@@ -247,22 +263,18 @@ def compare_broccoli(checkpoints: list, names: list[str], path, seed: int = 0, n
     captions = [f"{shapes} in {', '.join(COLORS)}; usually {COLORS[color]}" for shapes, color in zip(PLURALS, USUAL_COLOR)]
     image_grid([list(row) for row in zip(*groups)], captions, names, 2, note).save(path)
 
-def redrawn(checkpoints: list, images, seed: int) -> list:
-    """The images, and what each checkpoint draws from their visual words."""
-    return [images] + [reconstruct(c.model, c.encoder, images, generator=torch.Generator().manual_seed(seed)).cpu() for c in checkpoints]
-
 def compare_reconstructions(checkpoints: list, names: list[str], path, seed: int = 0, note: str = "") -> None:
-    """The paper's figure 5: four scenes of each kind."""
-    rng = random.Random(f"reconstructions {seed}")
-    images = draw_scenes([random_scene(rng, False, kind) for kind in KINDS for _ in range(4)], atlas_of(checkpoints[0]))
-    image_grid([list(row) for row in zip(*(group.split(4) for group in redrawn(checkpoints, images, seed)))], list(KINDS), ["input", *names], 2, note).save(path)
-
-def compare_photographs(checkpoints: list, names: list[str], dataset, path, seed: int = 0, n: int = 16) -> None:
-    """Held-out photographs; the caption is not read, only shown."""
-    batch = dataset.__getitems__([(0, i * len(dataset) // n) for i in range(n)])
-    captions = [checkpoints[0].vocabulary.decode(ids) for ids in batch["caption"].tolist()]
-    rows = zip(*(group.split(1) for group in redrawn(checkpoints, batch["image"], seed)))
-    image_grid([list(row) for row in rows], captions, ["photograph", *(TITLES.get(name, name) for name in names)], 2).save(path)
+    """The paper's figure 5: four scenes of each kind, or held-out photographs, and what each checkpoint draws from their visual words. Captions are only shown."""
+    if checkpoints[0].config["dataset"] == "shapes":
+        rng, many, captions = random.Random(f"reconstructions {seed}"), 4, list(KINDS)
+        images = draw_scenes([random_scene(rng, False, kind) for kind in KINDS for _ in range(many)], atlas_of(checkpoints[0]))
+    else:
+        batch, many = held_out(checkpoints[0], 16), 2
+        said, images = [checkpoints[0].vocabulary.decode(ids) for ids in batch["caption"].tolist()], batch["image"]
+        captions = ["; ".join(said[i: i + many]) for i in range(0, len(said), many)]
+    drawn = [reconstruct(c.model, c.encoder, images, generator=torch.Generator().manual_seed(seed)).cpu() for c in checkpoints]
+    rows = [list(row) for row in zip(*(group.split(many) for group in [images, *drawn]))]
+    image_grid(rows, captions, ["input", *(TITLES.get(name, name) for name in names)], 2, note).save(path)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Experiments: which runs of train.py, which of their checkpoints, which scores
@@ -311,15 +323,19 @@ ABLATIONS = {option[2:].replace(" ", "_"): option for option in (  # by folder
     "--images 500", "--drop 0", "--drop 0.3", "--reca_lr 5e-4", "--reca_lr 4e-3", "--i2t 0", "--t2t 0", "--replay 0", "--trains attention",
     "--visual_words 4", "--visual_words 8", "--sharpness 0.3", "--sharpness 10", "--reverse_words", "--templates 1", "--templates 4", "--ema 0.99")}
 
-# Runs of train.py by folder: their options. A single stage starts from {main}/pretrain.pt unless told otherwise.
+PHOTOGRAPHS = """--dataset imagenet --data_dir {data_dir} --encoder {encoder} --encoder_size 96 --cache_features --width 192 --depth 6 --heads 6 --batch_size 16 --understand_batch 16
+    --encoder_steps 200 --pretrain_steps 3000 --pretrain_lr 2e-3 --align_steps 300 --reca_steps 1000 --reca_lr 1e-3 --replay 0.5 --replay_batch 8"""
+
+# Runs of train.py by folder: their options. {main} is the folder of the run `main` of the same seed, which is made first.
 RUNS = {
     "main": "",
-    "features": "--stage reca --condition features", "pixels": "--stage reca --condition pixels",
-    "sft_own": "--stage sft --captions own", "sft_dense": "--stage sft --captions dense",
+    "features": "--stage reca --init_from {main}/pretrain.pt --condition features", "pixels": "--stage reca --init_from {main}/pretrain.pt --condition pixels",
+    "sft_own": "--stage sft --init_from {main}/pretrain.pt --captions own", "sft_dense": "--stage sft --init_from {main}/pretrain.pt --captions dense",
     "reca_sft": "--stage sft --init_from {main}/reca.pt", "sft_reca": "--stage reca --init_from {main}/sft.pt", "reca_reca": "--stage reca --init_from {main}/reca.pt",
     "ar": "--paradigm ar", "mask": "--paradigm mask", "mar": "--paradigm mar",
     "noise_3": "--noise_scale 3", "random": "--encoder random --align_steps 950", "clip": "--encoder {encoder} --encoder_size 48 --align_steps 950",
-} | {name: f"--stage reca {option}" for name, option in ABLATIONS.items()}
+    "photographs": PHOTOGRAPHS, "photographs_connector": PHOTOGRAPHS + " --stage reca --init_from {photographs}/pretrain.pt --train_connector",
+} | {name: f"--stage reca --init_from {{main}}/pretrain.pt {option}" for name, option in ABLATIONS.items()}
 
 class Experiment(NamedTuple):
     rows: dict[str, str]              # title: run/checkpoint. Differences are to the row before that is called "base", or to the first
@@ -348,22 +364,23 @@ EXPERIMENTS = {
     "noise": Experiment(all_of("main", "noise_3"), [*SCORES, "reconstruction"]),
     "counting": Experiment(all_of("main"), [f"{what}_{number}" for what in ("drawn", "counted") for number in (2, 3, 4)], counts, compare_counts),
     "encoder": Experiment(BEFORE_AND_AFTER | {"base, random": "random/pretrain", "RecA, random": "random/reca", "base, CLIP": "clip/pretrain", "RecA, CLIP": "clip/reca"}, SCORES),
+    "photographs": Experiment({title: f"photographs/{checkpoint}" for checkpoint, title in TITLES.items()} | {"RecA, connector too": "photographs_connector/reca"},
+                              ["psnr", "cosine", "frechet", "mmd", "t2i_cosine", "t2i_frechet", "t2i_mmd"]),
 }
 T95 = [12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262]  # Student's t, 97.5%, by the number of seeds less 2
 
 def make_run(name: str, seed: int, args) -> Path:
     """The folder of a run; trains it where there are no results yet, going on where it was stopped. Ends with train.py's exit code where that is not 0."""
-    folder, main = (Path(args.out_dir) / f"s{seed}" / x for x in (name, "main"))
-    if not (folder / "results.json").exists():
-        options = [word.format(main=main, encoder=args.encoder) for word in RUNS[name].split()]
-        if name != "main":
-            make_run("main", seed, args)
+    folders = {run: Path(args.out_dir) / f"s{seed}" / run for run in RUNS}
+    if not ((folder := folders[name]) / "results.json").exists():
+        for parent in re.findall(r"{(\w+)}/", RUNS[name]):
+            make_run(parent, seed, args)
         command = [sys.executable, str(Path(__file__).with_name("train.py")), "--out_dir", str(folder)]
         if (folder / "run.json").exists():
             command += ["--resume"]
         else:
-            start = ["--init_from", str(main / "pretrain.pt")] if "--stage" in options else []
-            command += ["--seed", str(seed), "--eval_n", str(args.n), *start, *shlex.split(args.train), *options]
+            options = [word.format(**folders, encoder=args.encoder or "clip-b16", data_dir=args.data_dir) for word in RUNS[name].split()]
+            command += ["--seed", str(seed), "--eval_n", str(args.n), *shlex.split(args.train), *options]
         print(shlex.join(command), flush=True)
         process = subprocess.Popen(command)
         try:
@@ -380,7 +397,7 @@ def scores_of(row: str, seed: int, measure: Callable, args) -> dict:
     folder = make_run(name, seed, args)
     path, kept = folder / f"{checkpoint}.pt", folder / f"{measure.__name__}_{checkpoint}_{args.n}.json"
     scores = json.loads((folder / "results.json").read_text()).get(checkpoint, {})
-    if measure is not evaluate or scores.get("cases", {}).get("edit_direct") != args.n:
+    if measure is not evaluate or args.n not in scores.get("cases", {}).values():
         if not kept.exists() or kept.stat().st_mtime < path.stat().st_mtime:
             kept.write_text(json.dumps(measure(load_checkpoint(path, args.device), args.n, seed)))
         scores = json.loads(kept.read_text())
@@ -417,7 +434,7 @@ def experiment(name: str, args) -> None:
     rows = {title: row for title, row in rows.items() if args.encoder or not row.startswith("clip/")}
     by_seed = [{title: scores_of(row, seed, measure, args) for title, row in rows.items()} for seed in args.seeds]
     found = {title: [scores[title] for scores in by_seed] for title in rows}
-    given = {"train": args.train, "encoder": args.encoder}
+    given = {"train": args.train, "encoder": args.encoder, "data_dir": args.data_dir}
     command = f"python evaluate.py --experiment {name} --seeds {' '.join(map(str, args.seeds))} --n {args.n}" + "".join(f" --{k}={shlex.quote(v)}" for k, v in given.items() if v)
     text = f"`{command}`: seeds {', '.join(map(str, args.seeds))}, {args.n} cases each\n\n" + markdown(found, columns) + (broccoli_table(found) if name == "broccoli" else "")
     Path("assets").mkdir(exist_ok=True)
@@ -438,7 +455,8 @@ def main(argv=None) -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of an experiment's runs, and of their prompts, scenes and noise")
     parser.add_argument("--out_dir", default="experiments", help="where an experiment's runs are, as s0/main, s0/pixels, ...")
     parser.add_argument("--train", default="", help='more options of train.py for all runs of an experiment: --train="--pretrain_steps 20 --reca_steps 5"')
-    parser.add_argument("--encoder", default="", help="of the experiment `encoder`: CLIP's weights, for two more rows")
+    parser.add_argument("--encoder", default="", help="CLIP's weights: of the experiment `encoder`, for two more rows; of photographs (clip-b16)")
+    parser.add_argument("--data_dir", default="", help="of the experiment `photographs`: a folder with train/ and val/, see data.py")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
     try:

@@ -677,14 +677,12 @@ def resumed(cfg: Config, given: dict, theirs: dict | None) -> Config:
 def report(run: Run, names: list[str]) -> None:
     """Scores the checkpoints on the same prompts, images and noise: a table, results.json and compare.png."""
     cfg, results, checkpoints = run.cfg, {}, [load_checkpoint(run.out / f"{name}.pt", run.policy.device) for name in names]
-    photos = None if cfg.dataset == "shapes" else run.dataset("test")
     for name, loaded in zip(names, checkpoints):
-        scores = evaluate.photographs(loaded, photos, cfg.eval_n, cfg.seed) if photos else evaluate.evaluate(loaded, cfg.eval_n, cfg.seed)
-        results[name] = scores | {"steps": loaded.step, "seconds": run.seconds, "device": run.policy.device_name, "seed": cfg.seed, "settings": asdict(cfg)}
+        results[name] = evaluate.evaluate(loaded, cfg.eval_n, cfg.seed)
+        results[name] |= {"steps": loaded.step, "seconds": run.seconds, "device": run.policy.device_name, "seed": cfg.seed, "settings": asdict(cfg)}
     (run.out / "results.json").write_text(json.dumps(results, indent=1))
     print(evaluate.table(results))
-    compare = partial(evaluate.compare_photographs, dataset=photos) if photos else evaluate.compare
-    compare(checkpoints, names, path=run.out / "compare.png", seed=cfg.seed)
+    evaluate.compare(checkpoints, names, run.out / "compare.png", cfg.seed)
     print(f"{run.out}/results.json, {run.out}/compare.png and {run.out}/log.jsonl are written; training took {sum(run.seconds.values()) / 60:.1f} minutes")
 
 def bench(cfg: Config, steps: int = 20) -> None:

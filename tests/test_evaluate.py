@@ -1,5 +1,6 @@
 """The exact scorer and the world that it scores: ground truth passes, every wrong color, shape, count and relation fails."""
 import json
+import math
 import os
 import random
 import sys
@@ -9,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data as D
@@ -134,6 +136,7 @@ def test_distances_of_features():
     a, b = torch.randn(4000, 5, generator=g), torch.randn(4000, 5, generator=g)
     assert abs(E.frechet(a, b)) < 0.05
     torch.testing.assert_close(E.frechet(a, 2 * b + 3), 5 * (9 + 1.0), rtol=0.03, atol=0)  # |3|^2 + (2 - 1)^2 a dimension
+    assert all(math.isnan(E.frechet(x, b)) for x in (a[:1], a * math.nan))
     assert abs(E.mmd(a[:500], b[:500])) < 1e-3 < E.mmd(a[:500], b[:500] + 1)
     low, high = E.interval(0.5, 100)
     assert abs(low - 0.4038) < 1e-3 and abs(high - 0.5962) < 1e-3  # Wilson
@@ -163,7 +166,8 @@ def model_that(monkeypatch, caption=D.describe, drawn=lambda prompt: D.Scene("si
         return pictures([edited(i, after, before, think) for i, (before, _, after) in enumerate(E.edits(len(images), 0))])
 
     monkeypatch.setattr(E, "edit", edit)
-    return SimpleNamespace(model=SimpleNamespace(cfg=SimpleNamespace(image_size=48, codes=200), device="cpu", tokenizer=tokenizer), encoder=None, vocabulary=None)
+    return SimpleNamespace(model=SimpleNamespace(cfg=SimpleNamespace(image_size=48, codes=200), device="cpu", tokenizer=tokenizer), encoder=None, vocabulary=None,
+                           config={"dataset": "shapes"})
 
 
 def changed_first(scene, **change):
@@ -240,6 +244,29 @@ def test_broccoli_and_counting_tell_what_is_seen_from_what_is_drawn(monkeypatch)
     assert [found[f"drawn_{i}"] for i in (2, 3, 4)] == [1, 0, 0] and [found[f"counted_{i}"] for i in (2, 3, 4)] == [0, 1, 0]
 
 
+@pytest.mark.parametrize("exact", [True, False])
+def test_photographs_are_measured_against_themselves(exact, tmp_path, monkeypatch):
+    """A model that draws each photograph as it is, or each as another: only the second is at a distance, image by image; the sets are the same."""
+    for i in range(20):
+        (tmp_path / "val" / f"kind{i % 2}").mkdir(parents=True, exist_ok=True), (tmp_path / "train" / f"kind{i % 2}").mkdir(parents=True, exist_ok=True)
+        for part in ("train", "val"):
+            Image.effect_noise((8, 8), 40 + 5 * i).save(tmp_path / part / f"kind{i % 2}" / f"{i}.png")
+    order = slice(None) if exact else [7, *range(7), *range(8, 16)]
+    monkeypatch.setattr(E, "reconstruct", lambda m, e, images, generator: images[order])
+    monkeypatch.setattr(E, "sample_image", lambda m, prefix, generator: prefix)
+    look = torch.nn.Linear(192, 5, bias=False)
+    vocabulary = D.Vocabulary(D.SPECIALS + ["a", "photo", "of", "kind0", "kind1"])
+    photographs = D.make_dataset("imagenet", "test", str(tmp_path), 8, 0, vocabulary, 9, str(tmp_path))
+    model = SimpleNamespace(device="cpu", for_encoder=lambda x: x, text_prefix=lambda ids: photographs.__getitems__([(0, i * 20 // 16) for i in range(16)])["image"] * 0.5)
+    loaded = SimpleNamespace(model=model, encoder=lambda x: SimpleNamespace(pooled=look(x.flatten(1))), vocabulary=vocabulary,
+                             config=dict(dataset="imagenet", data_dir=str(tmp_path), image_size=8, seed=0, text_len=9, cache_dir=str(tmp_path)))
+    found = E.evaluate(loaded, 16)
+    assert found["cases"] == {name: 16 for name in ("psnr", "cosine", "t2i_cosine")} and abs(found["frechet"]) < 1e-5
+    assert (found["psnr"] == 60 and found["cosine"] > 0.9999) == exact and found["t2i_cosine"] > 0.9999 and found["t2i_frechet"] > 1e-3
+    E.compare([loaded] * 2, ["pretrain", "reca"], tmp_path / "compare.png", 0, "how it was made")
+    assert Image.open(tmp_path / "compare.png").height > 8 * 2 * 8, "sixteen photographs, two to a row"
+
+
 def test_means_differences_and_open_claims():
     runs = lambda *values: [{"x": value} for value in values]
     text = E.markdown({"base": runs(0.5, 0.6, 0.7), "a": runs(0.7, 0.81, 0.9), "b": runs(0.6, 0.8, 1.0), "base 2": runs(0.9, 0.9, 0.9), "c": runs(0.9, 1.0, 0.9)}, ["x", "y"])
@@ -282,17 +309,19 @@ def test_an_experiment_trains_what_is_not_there_and_goes_on_where_it_stopped(tmp
         start()
     s0, s1 = "experiments/s0", "experiments/s1"
     assert end.value.code == 3 and not Path("assets/copy.md").exists()
-    assert calls() == [f"--out_dir {s0}/pixels --seed 0 --eval_n 5 --init_from {s0}/main/pretrain.pt --pretrain_steps 7 --stage reca --condition pixels"]
+    assert calls() == [f"--out_dir {s0}/pixels --seed 0 --eval_n 5 --pretrain_steps 7 --stage reca --init_from {s0}/main/pretrain.pt --condition pixels"]
     Path("fail").unlink()
     start()
     assert calls()[1:] == [f"--out_dir {s0}/pixels --resume", f"--out_dir {s1}/main --seed 1 --eval_n 5 --pretrain_steps 7",
-                           f"--out_dir {s1}/pixels --seed 1 --eval_n 5 --init_from {s1}/main/pretrain.pt --pretrain_steps 7 --stage reca --condition pixels"]
+                           f"--out_dir {s1}/pixels --seed 1 --eval_n 5 --pretrain_steps 7 --stage reca --init_from {s1}/main/pretrain.pt --condition pixels"]
     lines = Path("assets/copy.md").read_text().splitlines()
     assert lines[0] == "`python evaluate.py --experiment copy --seeds 0 1 --n 5 --train='--pretrain_steps 7'`: seeds 0, 1, 5 cases each"
     assert lines[2:] == ["|  | recon_loss | overall |", "| --- | --- | --- |", "| base |  | 0.505 |", "| pixels | 0.250 | 0.705 (+0.200 ± 0.000) |"]
     start()
     assert len(calls()) == 4, "all was there"
     command = "python evaluate.py --experiment copy --seeds 0 1 --n 5 --train='--pretrain_steps 7'"
+    E.make_run("pixels", 2, SimpleNamespace(out_dir="experiments", n=5, train="", encoder="", data_dir=""))
+    assert [line.split()[1] for line in calls()[4:]] == ["experiments/s2/main", "experiments/s2/pixels"], "what a run starts from is made before it"
     assert drawn == 2 * [([f"{s0}/main/pretrain.pt", f"{s0}/pixels/reca.pt"], ["base", "pixels"], "assets/copy.png", 0, f"{command} (seed 0)")]
 
 
@@ -304,7 +333,7 @@ def test_scores_are_measured_where_the_run_has_others(tmp_path, monkeypatch):
     monkeypatch.setattr(E, "load_checkpoint", lambda path, device: str(path))
     monkeypatch.setattr(E, "evaluate", evaluate := lambda loaded, n, seed: (called.append((loaded, n, seed)), {"overall": 0.2})[1])
     monkeypatch.setattr(evaluate, "__name__", "evaluate")
-    args = lambda n: SimpleNamespace(out_dir=tmp_path, n=n, device="cpu", encoder="", train="")
+    args = lambda n: SimpleNamespace(out_dir=tmp_path, n=n, device="cpu", encoder="", data_dir="", train="")
     assert E.scores_of("main/reca", 3, E.evaluate, args(5)) == {"overall": 0.1, "cases": {"edit_direct": 5}} and not called
     for _ in range(2):
         assert E.scores_of("main/reca", 3, E.evaluate, args(9))["overall"] == 0.2
@@ -320,8 +349,8 @@ def test_every_row_is_a_run_that_train_accepts(name, tmp_path):
     experiment = E.EXPERIMENTS[name]
     for row in experiment.rows.values():
         run, checkpoint = row.split("/")
-        options = E.RUNS[run].format(main="x", encoder="clip-b16").split()
-        cfg, _ = train.parse_config(["--out_dir", str(tmp_path / run), *(["--init_from", "x/pretrain.pt"] if "--stage" in options else []), *options])
+        options = E.RUNS[run].format(**{run: "x" for run in E.RUNS}, encoder="clip-b16", data_dir="photos").split()
+        cfg, _ = train.parse_config(["--out_dir", str(tmp_path / run), *options])
         train.check(cfg)
         assert not options or any(getattr(cfg, word[2:]) != getattr(train.Config(), word[2:]) for word in options if word.startswith("--") and word not in ("--stage", "--init_from")) or \
             run in ("reca_sft", "sft_reca", "reca_reca"), f"{run} is the recipe itself"
