@@ -1,10 +1,10 @@
 """Data: the embedded `shapes` world, image folders, words, the loader, and a cache of the encoder's features.
 
 `shapes` is a world with exact ground truth, so that the claims of Reconstruction Alignment (arXiv 2509.07295) can be checked exactly and with no download.
-A scene is a few coloured shapes on a 3 x 3 grid. What makes it a model of the paper's problem is what its captions leave out:
+A scene is a few colored shapes on a 3 x 3 grid. What makes it a model of the paper's problem is what its captions leave out:
 
-  * The *generator's* captions are sparse, as web captions are: they name objects and counts, a colour in one mention of twenty, a relation in three captions
-    of ten. And its images are biased: each shape has a usual colour. That is the paper's broccoli, always green, whose colour nobody mentions.
+  * The *generator's* captions are sparse, as web captions are: they name objects and counts, a color in one mention of twenty, a relation in three captions
+    of ten. And its images are biased: each shape has a usual color. That is the paper's broccoli, always green, whose color nobody mentions.
   * The *understanding* side sees full descriptions of unbiased scenes, as CLIP and instruction-tuned language models have seen far richer language.
   * RecA's images are unbiased scenes, with no caption at all.
 
@@ -109,7 +109,7 @@ PLACES = [f"{row} {column}" for row in ("top", "middle", "bottom") for column in
 FACING = [(3, 5), (1, 7)]  # cells of a pair: across the middle row, or the middle column; two others are spread
 
 KINDS = {"single": 0.25, "group": 0.25, "pair": 0.25, "spread": 0.15, "several": 0.1}  # share of scenes of each kind
-USUAL = 0.7           # share of objects with their shape's usual colour, in biased scenes
+USUAL = 0.7           # share of objects with their shape's usual color, in biased scenes
 SPARSE = (0.05, 0.3, 0.05)  # a sparse caption names a color in 1 mention of 20, a pair's relation in 3 of 10, places in 1 of 20
 EDITED = 0.4          # share of instructions among what the language side learns: a description and "make the star red" -> another description
 EDITS = ["recolor", "replace", "move", "add", "remove"]
@@ -225,7 +225,7 @@ def parse(text: str) -> Claim | None:
     return Claim(tuple(phrases), tuple((i, link, i + 1) for i, link in enumerate(links) if link != "and"))
 
 def holds(claim: Claim, grid) -> bool:
-    """Whether a scene holds exactly what the claim says: these objects, no other, in these colours and relations.
+    """Whether a scene holds exactly what the claim says: these objects, no other, in these colors and relations.
 
     grid: the GRID * GRID cells as ints (0 empty); a negative cell is an object that could not be read: no claim holds.
     """

@@ -611,14 +611,14 @@ def load_image(path: str, cfg: ViTConfig) -> Tensor:
     from torchvision.transforms.functional import to_tensor  # here, since it takes a second to import
     return to_tensor(image.resize(size, Image.Resampling.BICUBIC))[None]
 
-def pca_colours(tokens: Tensor) -> Tensor:
+def pca_colors(tokens: Tensor) -> Tensor:
     """(N, D) -> (N, 3) in [0, 1]: the first three principal components as red, green and blue (as in arXiv 2304.07193)."""
     tokens = tokens - tokens.mean(dim=0)
     axes = torch.linalg.svd(tokens, full_matrices=False)[2][:3]                                      # (3, D)
     axes = axes * axes.gather(1, axes.abs().argmax(dim=1, keepdim=True)).sign()                      # a component's sign is arbitrary
-    colours = tokens @ axes.T                                                                        # (N, 3)
-    colours = colours - colours.amin(dim=0)
-    return colours / colours.amax(dim=0).clamp_min(1e-12)
+    colors = tokens @ axes.T                                                                        # (N, 3)
+    colors = colors - colors.amin(dim=0)
+    return colors / colors.amax(dim=0).clamp_min(1e-12)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Show what an encoder is and, for each IMG, what it sees: IMG_pca.png")
@@ -631,12 +631,12 @@ def main() -> None:
     for path in args.images:
         image = load_image(path, cfg)                                                                # (1, 3, H, W)
         with torch.inference_mode():
-            colours = pca_colours(encoder(image).patch_tokens[0].float())                            # (N, 3)
-        picture = repeat(colours, "(h w) c -> c (h p) (w q)", p=p, q=p, h=image.shape[2] // p)       # (3, H, W)
+            colors = pca_colors(encoder(image).patch_tokens[0].float())                            # (N, 3)
+        picture = repeat(colors, "(h w) c -> c (h p) (w q)", p=p, q=p, h=image.shape[2] // p)       # (3, H, W)
         out = Path(path).with_name(f"{Path(path).stem}_pca.png")
         from torchvision.transforms.functional import to_pil_image
         to_pil_image(torch.cat([image[0], picture], dim=2)).save(out)
-        print(f"{out}: the image, and its patch tokens' first three principal components as colours")
+        print(f"{out}: the image, and its patch tokens' first three principal components as colors")
 
 if __name__ == "__main__":
     try:

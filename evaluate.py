@@ -41,8 +41,8 @@ from typing import Callable, NamedTuple
 import torch
 from einops import rearrange
 
-from data import (COLORS, EDITS, GRID, KINDS, NUMBERS, PLURALS, SHAPES, USUAL_COLOR, Claim, Scene, Shapes, Thing, describe, holds, image_grid, is_full, make_dataset, parse, random_edit, random_scene,
-                  render, sprites, to_grid)
+from data import (COLORS, EDITS, GRID, KINDS, NUMBERS, PLURALS, SHAPES, USUAL_COLOR, Claim, Scene, Shapes, Thing, describe, holds, image_grid, is_full,
+                  make_dataset, parse, random_edit, random_scene, render, sprites, to_grid)
 from sample import caption, edit, load_checkpoint, reconstruct, sample_image, text_to_image
 
 ERROR_LIMIT = 0.02  # mean squared error above which a cell holds nothing that we know; another shape or color is at 0.02 to 0.3
@@ -224,7 +224,9 @@ def mmd(a, b, sigma: float = 10.0) -> float:
     return (within(a) + within(b) - 2 * kernel(a, b).mean()).item()
 
 TITLES = {"pretrain": "base", "sft": "SFT", "reca": "RecA"}
-COLUMNS = [*CATEGORIES, "overall", "dense", "edit", "edit_direct", "reconstruction", "kept", "kept_places", "understanding", "psnr", "tokenizer", "tokenizer_psnr", "codes_used", "cosine", "frechet", "mmd", "t2i_cosine", "t2i_frechet", "t2i_mmd"]
+DISTANCES = ["cosine", "frechet", "mmd", "t2i_cosine", "t2i_frechet", "t2i_mmd"]  # of photographs
+COLUMNS = [*CATEGORIES, "overall", "dense", "edit", "edit_direct", "reconstruction", "kept", "kept_places", "understanding", "psnr", *DISTANCES,
+           "tokenizer", "tokenizer_psnr", "codes_used"]
 
 def table(results: dict) -> str:
     """results.json as aligned text, a checkpoint a line."""
@@ -323,8 +325,8 @@ ABLATIONS = {option[2:].replace(" ", "_"): option for option in (  # by folder
     "--images 500", "--drop 0", "--drop 0.3", "--reca_lr 5e-4", "--reca_lr 4e-3", "--i2t 0", "--t2t 0", "--replay 0", "--trains attention",
     "--visual_words 4", "--visual_words 8", "--sharpness 0.3", "--sharpness 10", "--reverse_words", "--templates 1", "--templates 4", "--ema 0.99")}
 
-PHOTOGRAPHS = """--dataset imagenet --data_dir {data_dir} --encoder {encoder} --encoder_size 96 --cache_features --width 192 --depth 6 --heads 6 --batch_size 16 --understand_batch 16
-    --encoder_steps 200 --pretrain_steps 3000 --pretrain_lr 2e-3 --align_steps 300 --reca_steps 1000 --reca_lr 1e-3 --replay 0.5 --replay_batch 8"""
+PHOTOGRAPHS = """--dataset imagenet --data_dir {data_dir} --encoder {encoder} --encoder_size 96 --cache_features --width 192 --depth 6 --heads 6
+    --batch_size 16 --understand_batch 16 --encoder_steps 200 --pretrain_steps 3000 --pretrain_lr 2e-3 --align_steps 300 --reca_steps 1000 --reca_lr 1e-3 --replay 0.5 --replay_batch 8"""
 
 # Runs of train.py by folder: their options. {main} is the folder of the run `main` of the same seed, which is made first.
 RUNS = {
@@ -365,7 +367,7 @@ EXPERIMENTS = {
     "counting": Experiment(all_of("main"), [f"{what}_{number}" for what in ("drawn", "counted") for number in (2, 3, 4)], counts, compare_counts),
     "encoder": Experiment(BEFORE_AND_AFTER | {"base, random": "random/pretrain", "RecA, random": "random/reca", "base, CLIP": "clip/pretrain", "RecA, CLIP": "clip/reca"}, SCORES),
     "photographs": Experiment({title: f"photographs/{checkpoint}" for checkpoint, title in TITLES.items()} | {"RecA, connector too": "photographs_connector/reca"},
-                              ["psnr", "cosine", "frechet", "mmd", "t2i_cosine", "t2i_frechet", "t2i_mmd"]),
+                              ["psnr", *DISTANCES]),
 }
 T95 = [12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262]  # Student's t, 97.5%, by the number of seeds less 2
 

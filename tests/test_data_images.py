@@ -83,7 +83,7 @@ def test_16_bits_keep_their_scale(tmp_path):
 def test_modes_and_formats_become_the_same_rgb(tmp_path):
     rgb = Image.new("RGB", (8, 8), (200, 40, 90))
     clear = Image.new("RGBA", (8, 8), (200, 40, 90, 255))
-    clear.paste((1, 2, 3, 0), (0, 0, 8, 4))  # transparent above: white, not the colour hidden under it
+    clear.paste((1, 2, 3, 0), (0, 0, 8, 4))  # transparent above: white, not the color hidden under it
     palette = Image.new("P", (8, 8), 1)
     palette.putpalette([1, 2, 3, 200, 40, 90])
     palette.paste(0, (0, 0, 8, 4))

@@ -540,14 +540,14 @@ def test_command_prints_what_it_is_and_what_it_sees(tmp_path, monkeypatch, capsy
     assert left.std() > 0.1 and (patches == patches[..., :1, :1]).all() and right.std() > 0.1
 
 
-def test_pca_colours_separate_two_kinds_of_patches():
+def test_pca_colors_separate_two_kinds_of_patches():
     torch.manual_seed(0)
     tokens = torch.randn(1, 8) * torch.tensor([1.0] * 6 + [-1.0] * 4)[:, None] * 5 + 0.1 * torch.randn(10, 8)
-    colours = E.pca_colours(tokens)
-    assert colours.shape == (10, 3) and colours.min() == 0 and colours.max() == 1
-    first = colours[:, 0]
+    colors = E.pca_colors(tokens)
+    assert colors.shape == (10, 3) and colors.min() == 0 and colors.max() == 1
+    first = colors[:, 0]
     assert (first[:6].min() - first[6:].max()).abs() > 0.8 or (first[6:].min() - first[:6].max()).abs() > 0.8
-    torch.testing.assert_close(E.pca_colours(tokens.flip(0)).flip(0), colours, atol=1e-3, rtol=0)  # the sign does not depend on the order
+    torch.testing.assert_close(E.pca_colors(tokens.flip(0)).flip(0), colors, atol=1e-3, rtol=0)  # the sign does not depend on the order
 
 
 def test_command_answers_a_mistake_with_one_line():
