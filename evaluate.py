@@ -434,9 +434,13 @@ def experiment(name: str, args) -> None:
     """Trains and scores what is not there yet, then assets/NAME.md and assets/NAME.png."""
     rows, columns, measure, picture = EXPERIMENTS[name]
     rows = {title: row for title, row in rows.items() if args.encoder or not row.startswith("clip/")}
+    runs = list(dict.fromkeys(row.split("/")[0] for row in rows.values()))
+    if unknown := set(args.runs.split()) - set(runs):
+        raise ValueError(f"--runs {args.runs}: the experiment {name} has no run {min(unknown)}, it has {' '.join(runs)}")
+    rows = {title: row for title, row in rows.items() if row.split("/")[0] in (args.runs.split() or runs)}
     by_seed = [{title: scores_of(row, seed, measure, args) for title, row in rows.items()} for seed in args.seeds]
     found = {title: [scores[title] for scores in by_seed] for title in rows}
-    given = {"train": args.train, "encoder": args.encoder, "data_dir": args.data_dir}
+    given = {"runs": args.runs, "train": args.train, "encoder": args.encoder, "data_dir": args.data_dir}
     command = f"python evaluate.py --experiment {name} --seeds {' '.join(map(str, args.seeds))} --n {args.n}" + "".join(f" --{k}={shlex.quote(v)}" for k, v in given.items() if v)
     text = f"`{command}`: seeds {', '.join(map(str, args.seeds))}, {args.n} cases each\n\n" + markdown(found, columns) + (broccoli_table(found) if name == "broccoli" else "")
     Path("assets").mkdir(exist_ok=True)
@@ -455,6 +459,7 @@ def main(argv=None) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of prompts, scenes and noise")
     parser.add_argument("--json", help="where to write the results")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of an experiment's runs, and of their prompts, scenes and noise")
+    parser.add_argument("--runs", default="", help='only these runs of an experiment, and what they start from: --runs="main ar"')
     parser.add_argument("--out_dir", default="experiments", help="where an experiment's runs are, as s0/main, s0/pixels, ...")
     parser.add_argument("--train", default="", help='more options of train.py for all runs of an experiment: --train="--pretrain_steps 20 --reca_steps 5"')
     parser.add_argument("--encoder", default="", help="CLIP's weights: of the experiment `encoder`, for two more rows; of photographs (clip-b16)")

@@ -320,6 +320,9 @@ def test_an_experiment_trains_what_is_not_there_and_goes_on_where_it_stopped(tmp
     start()
     assert len(calls()) == 4, "all was there"
     command = "python evaluate.py --experiment copy --seeds 0 1 --n 5 --train='--pretrain_steps 7'"
+    start("--runs", "pixels")
+    assert Path("assets/copy.md").read_text().splitlines()[2:] == ["|  | recon_loss | overall |", "| --- | --- | --- |", "| pixels | 0.250 | 0.705 |"]
+    drawn.pop()
     E.make_run("pixels", 2, SimpleNamespace(out_dir="experiments", n=5, train="", encoder="", data_dir=""))
     assert [line.split()[1] for line in calls()[4:]] == ["experiments/s2/main", "experiments/s2/pixels"], "what a run starts from is made before it"
     assert drawn == 2 * [([f"{s0}/main/pretrain.pt", f"{s0}/pixels/reca.pt"], ["base", "pixels"], "assets/copy.png", 0, f"{command} (seed 0)")]
@@ -357,7 +360,8 @@ def test_every_row_is_a_run_that_train_accepts(name, tmp_path):
         assert checkpoint in (["pretrain", "sft", "reca"] if cfg.stage == "all" else [cfg.stage])
 
 
-@pytest.mark.parametrize("line", ["--n 0 | at least 1", "--experiment copy --seeds 1 1 | different seeds", "--experiment copy --seeds 0 1 2 3 4 5 6 7 8 9 10 | one to 10"])
+@pytest.mark.parametrize("line", ["--n 0 | at least 1", "--experiment copy --seeds 1 1 | different seeds", "--experiment copy --seeds 0 1 2 3 4 5 6 7 8 9 10 | one to 10",
+                                  "--experiment copy --runs pixel | no run pixel, it has main features pixels"])
 def test_wrong_numbers_get_a_sentence(line, capsys):
     options, _, expected = line.partition(" | ")
     with pytest.raises(SystemExit) as end:
