@@ -19,6 +19,7 @@ from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
+from tqdm import tqdm
 
 from data import BOS, EOS, PAD, Vocabulary, image_grid, read_images
 from encoder import ViT, ViTConfig, load_encoder
@@ -125,10 +126,16 @@ def draw(logits, temperature, generator):
     return (logits + temperature * gumbel(logits, generator) if temperature else logits).argmax(-1)
 
 def read_guided(model, prefix, how):
-    """Reads the prefixes (B, T, D) once, for guidance with as many empty conditions behind them: predict_image without a prefix."""
+    """Reads the prefixes (B, T, D) once, for guidance with as many empty conditions behind them: predict_image without a prefix, and with a progress bar."""
     if how.cfg_scale != 1:
         prefix = torch.cat([prefix, null_prefix(model).expand_as(prefix)])       # (2 B, T, D)
-    return partial(model.predict_image_cached, model.read_prefix(prefix, room=model.cfg.image_len))
+    cache = model.read_prefix(prefix, room=model.cfg.image_len)
+    bar = tqdm(total=model.cfg.image_len if model.image.causal else how.steps, desc="drawing", delay=2, leave=False, disable=None)
+
+    def look(*inputs):
+        bar.update()
+        return model.predict_image_cached(cache, *inputs)
+    return look
 
 def guided(how, look, *inputs):
     """uncond + s * (cond - uncond), arXiv 2207.12598: look of inputs (B, ...) with the condition and without -> (B, ...)."""

@@ -200,6 +200,26 @@ def test_a_seed_decides_everything(paradigm, monkeypatch):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("paradigm", IMAGES)
+@pytest.mark.parametrize("steps", [3, 8])
+def test_a_progress_bar_counts_each_pass_and_comes_to_its_end(paradigm, steps, monkeypatch):
+    bars = []
+
+    class Bar:
+        def __init__(self, total, delay, leave, disable, desc):
+            assert delay > 0 and not leave and disable is None, "for long drawings, on a terminal"
+            self.total, self.done = total, 0
+            bars.append(self)
+
+        def update(self):
+            self.done += 1
+
+    monkeypatch.setattr(S, "tqdm", Bar)
+    model = small(paradigm).eval()
+    S.sample_image(model, prefixes(model, 3), seeded(), steps=steps)
+    assert [(bar.total, bar.done) for bar in bars] == [(N, N) if paradigm == "ar" else (steps, steps)]
+
+
 def test_edit_goes_on_where_the_visual_words_end():
     words = F.one_hot(torch.tensor([[4, 5, 6, 2, 0, 0], [4, 6, 8, 4, 5, 7]]), V).float()
     ids = S.edit_words(words, WORDS, ["blue", "and a blue star"]).argmax(-1).tolist()
