@@ -9,8 +9,6 @@ library is installed. DINOv2's own code comes from the `dinov2` package; it need
 """
 import json
 import logging
-import sys
-import tempfile
 from pathlib import Path
 
 import torch
