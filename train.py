@@ -48,7 +48,7 @@ import evaluate
 import recon_loss
 from data import EOS, SPECIALS, TEXT_LEN, Vocabulary, batches, cache_features, encoder_identity, make_dataset
 from encoder import ViT, ViTConfig, load_encoder, scratch_config
-from model import Block, LayerNorm, Linear, ModelConfig, UnifiedModel, causal_mask
+from model import IMAGES, Block, LayerNorm, Linear, ModelConfig, UnifiedModel, causal_mask
 from recon_loss import total_loss
 from sample import load_checkpoint, read_checkpoint
 
@@ -62,7 +62,7 @@ class Config:
     dataset: str = option("shapes", "what to train on", ["shapes", "imagenet", "cifar10", "folder"])
     data_dir: str = option("", "folder of the images; imagenet: with train/ and val/")
     stage: str = option("all", "one stage, or all of them", ["all", "encoder", "pretrain", "align", "sft", "reca"])
-    paradigm: str = option("flow", "how images are generated", ["flow", "ar", "mask", "mar"])
+    paradigm: str = option("flow", "how images are generated", list(IMAGES))
     encoder: str = option("scratch", "understanding encoder: scratch, a public name (clip-b16, ...), or a path; random: scratch left untrained, a control")
     encoder_size: int = option(0, "pixels of a side at which the encoder sees the images; 0: as they are")
     captions: str = option("sparse", "captions that the sft stage trains on; own: the visual words, as the model's own caption", ["sparse", "dense", "own"])
@@ -187,7 +187,7 @@ def check(cfg: Config) -> None:
     each("batch_size understand_batch side_batch replay_batch", lambda n: n % (WORLD * cfg.accumulate) == 0, f"a multiple of {WORLD} processes x --accumulate {cfg.accumulate}")
     each("image_size", lambda n: n % cfg.patch_size == 0, f"a multiple of --patch_size {cfg.patch_size}")
     each("width", lambda n: n % cfg.heads == 0, f"a multiple of --heads {cfg.heads}")
-    if cfg.paradigm in ("ar", "mask"):
+    if IMAGES[cfg.paradigm].holds_codes:
         each("image_size", lambda n: n % ModelConfig.code_stride == 0, f"a multiple of {ModelConfig.code_stride}: --paradigm {cfg.paradigm} has a code for so many pixels")
     if cfg.dataset == "shapes":
         each("image_size", lambda n: n % 3 == 0, "a multiple of 3: a scene of shapes is a grid of 3 x 3 cells")
@@ -197,7 +197,7 @@ def check(cfg: Config) -> None:
         each("text_len", lambda n: n >= 3, "at least 3")
     each("condition", lambda x: x == "words" or cfg.stage == "reca", "words: only --stage reca can have another")
     each("visual_words", lambda n: n < cfg.text_len, f"at most {cfg.text_len - 1}, the words of a prefix")
-    if cfg.stage in NEEDS and not (cfg.init_from or cfg.resume) and (cfg.stage != "pretrain" or cfg.paradigm in ("ar", "mask")):
+    if cfg.stage in NEEDS and not (cfg.init_from or cfg.resume) and (cfg.stage != "pretrain" or IMAGES[cfg.paradigm].holds_codes):
         fail(f"--stage {cfg.stage} starts from an earlier stage: give --init_from, a checkpoint of stage {NEEDS[cfg.stage]}")
     if cfg.shard and (WORLD == 1 or cfg.stage in ("all", "encoder")):
         fail("--shard needs several processes (torchrun --nproc_per_node N train.py ...) and one stage at a time (--stage pretrain, align, sft or reca)")
@@ -281,7 +281,7 @@ BATCHES["reca"] = BATCHES["sft"]
 
 def weights_of(stage: str, cfg: Config) -> dict[str, float]:
     """Loss terms of a stage and their weights. RecA and its control differ in the first term alone."""
-    scratch, codes = float(cfg.encoder == "scratch"), float(cfg.paradigm in ("ar", "mask"))
+    scratch, codes = float(cfg.encoder == "scratch"), float(IMAGES[cfg.paradigm].holds_codes)
     language = {"i2t": cfg.i2t, "t2t": cfg.t2t, "replay": cfg.replay}
     return {
         "encoder": {"caption": scratch, "contrast": 0.25 * scratch, "words": scratch, "t2t": 1.0, "tokenizer": codes},
