@@ -11,10 +11,11 @@ from PIL import Image
 sys.path.insert(0, os.path.dirname(__file__))
 from test_model import B, C, N, T, V, one_thread, small  # noqa: E402, F401
 
+import recon_loss as R  # noqa: E402
 import sample as S  # noqa: E402
 from data import SPECIALS, Vocabulary  # noqa: E402
 from encoder import ViT, scratch_config  # noqa: E402
-from model import IMAGES, patchify  # noqa: E402
+from model import IMAGES, patchify, unpatchify  # noqa: E402
 from recon_loss import null_prefix  # noqa: E402
 
 WORDS = Vocabulary(SPECIALS + ["a", "red", "star", "circle", "and", "blue", "left", "of", "two"])
@@ -218,6 +219,35 @@ def test_a_progress_bar_counts_each_pass_and_comes_to_its_end(paradigm, steps, m
     model = small(paradigm).eval()
     S.sample_image(model, prefixes(model, 3), seeded(), steps=steps)
     assert [(bar.total, bar.done) for bar in bars] == [(N, N) if paradigm == "ar" else (steps, steps)]
+
+
+def test_a_fifth_paradigm_is_a_class_a_loss_and_a_sampler(monkeypatch):
+    """Plain regression: a position holds nothing but its place, and says its patch. RecA's own loss trains it, and its sampler draws what was learnt."""
+    class Empty(torch.nn.Module):
+        causal, holds_codes = False, False
+
+        def __init__(self, cfg):
+            super().__init__()
+            self.flow_head = torch.nn.Linear(cfg.width, 48)
+
+        def embed(self, model, like):
+            return like.new_zeros(len(like), N, model.cfg.width)
+
+        def head(self, model, h):
+            return self.flow_head(h)
+
+    monkeypatch.setitem(IMAGES, "regression", Empty)
+    monkeypatch.setitem(R.IMAGE_LOSS, "regression", lambda model, prefix, images: (model.predict_image(prefix, images) - patchify(images, 4)).square().mean())
+    monkeypatch.setitem(S.IMAGE_SAMPLER, "regression", (lambda model, prefix, how, generator: unpatchify(model.predict_image(prefix, prefix), 4), S.Sampling()))
+    monkeypatch.setattr(R, "DROP", 0.0)
+    torch.manual_seed(0)
+    model, images = small("regression", encoder_width=128), torch.rand(1, 3, 12, 12)
+    encoder = ViT(scratch_config(12, 4)).eval()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(150):
+        R.recon_loss(model, encoder, images).backward()
+        optimizer.step(), optimizer.zero_grad()
+    torch.testing.assert_close(S.reconstruct(model, encoder, images), images, atol=0.05, rtol=0)
 
 
 def test_edit_goes_on_where_the_visual_words_end():
