@@ -43,6 +43,7 @@ from einops import rearrange
 
 from data import (COLORS, EDITS, GRID, KINDS, NUMBERS, PLURALS, SHAPES, USUAL_COLOR, Claim, Scene, Shapes, Thing, describe, holds, image_grid, is_full,
                   make_dataset, parse, random_edit, random_scene, render, sprites, to_grid)
+from recon_loss import image_loss, recon_prefix
 from sample import caption, edit, load_checkpoint, reconstruct, sample_image, text_to_image
 
 ERROR_LIMIT = 0.02  # mean squared error above which a cell holds nothing that we know; another shape or color is at 0.02 to 0.3
@@ -321,6 +322,17 @@ def counts(loaded, n: int, seed: int) -> dict:
         found[f"counted_{number}"] = score([attributes(parse(words), scene)["count"] for words, scene in zip(said, scenes)])
     return results_of(found)
 
+@torch.no_grad()
+def shuffled(loaded, n: int, seed: int) -> dict:
+    """The recon loss of n held-out scenes behind their own visual words, and behind those of the scene before: the same noise, another condition."""
+    test, found = Shapes("test", loaded.model.cfg.image_size), {}
+    images = test.__getitems__([(0, i) for i in range(n)])["image"].to(loaded.model.device)
+    prefix = recon_prefix(loaded.model, loaded.encoder, images)                  # (B, T, D)
+    for name, condition in {"own_words": prefix, "shuffled_words": prefix.roll(1, 0)}.items():
+        torch.manual_seed(seed)
+        found[name] = image_loss(loaded.model, condition, images).item()
+    return found
+
 ABLATIONS = {option[2:].replace(" ", "_"): option for option in (  # by folder
     "--images 500", "--drop 0", "--drop 0.3", "--reca_lr 5e-4", "--reca_lr 4e-3", "--i2t 0", "--t2t 0", "--replay 0", "--trains attention",
     "--visual_words 4", "--visual_words 8", "--sharpness 0.3", "--sharpness 10", "--reverse_words", "--templates 1", "--templates 4", "--ema 0.99")}
@@ -357,6 +369,7 @@ EXPERIMENTS = {
     "main": Experiment(all_of("main"), [*SCORES, "reconstruction"]),
     "broccoli": Experiment(BEFORE_AND_AFTER, ["recognized", "drawn"], broccoli, compare_broccoli),
     "reconstruction": Experiment(all_of("main"), ["kept", "kept_places", "reconstruction", "psnr"], picture=compare_reconstructions),
+    "shuffle": Experiment(BEFORE_AND_AFTER, ["own_words", "shuffled_words"], shuffled, compare_reconstructions),
     "copy": Experiment({"base": "main/pretrain", "words": "main/reca", "features": "features/reca", "pixels": "pixels/reca"},
                        ["recon_loss", "overall", "color", "attribute", "dense", "kept", "kept_places", "psnr"]),
     "controls": Experiment(all_of("main") | {"SFT, own captions": "sft_own/sft", "SFT, dense": "sft_dense/sft", "RecA, SFT": "reca_sft/sft", "SFT, RecA": "sft_reca/reca",

@@ -267,6 +267,19 @@ def test_photographs_are_measured_against_themselves(exact, tmp_path, monkeypatc
     assert Image.open(tmp_path / "compare.png").height > 8 * 2 * 8, "sixteen photographs, two to a row"
 
 
+def test_a_shuffled_condition_is_that_of_the_scene_before(monkeypatch):
+    monkeypatch.setattr(E, "recon_prefix", lambda model, encoder, images: images * 2)
+    monkeypatch.setattr(E, "image_loss", lambda model, prefix, images: (prefix / 2 - images).square().mean() + torch.rand(()))
+    loaded, found = model_that(monkeypatch), {}
+    for seed in (3, 4):
+        found[seed] = E.shuffled(loaded, 6, seed)
+    images = D.Shapes("test").__getitems__([(0, i) for i in range(6)])["image"]
+    torch.manual_seed(3)
+    noise, apart = torch.rand(()).item(), (images - images[[5, 0, 1, 2, 3, 4]]).square().mean().item()
+    assert found[3] == pytest.approx({"own_words": noise, "shuffled_words": noise + apart}, abs=1e-6), "the same noise for both"
+    assert found[3] != found[4]
+
+
 def test_means_differences_and_open_claims():
     runs = lambda *values: [{"x": value} for value in values]
     text = E.markdown({"base": runs(0.5, 0.6, 0.7), "a": runs(0.7, 0.81, 0.9), "b": runs(0.6, 0.8, 1.0), "base 2": runs(0.9, 0.9, 0.9), "c": runs(0.9, 1.0, 0.9)}, ["x", "y"])
