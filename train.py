@@ -224,8 +224,8 @@ class Policy:
         if WORLD > 1 and not dist.is_initialized():
             dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
         recon_loss.RANK, recon_loss.WORLD = RANK, WORLD
-        torch.set_float32_matmul_precision("high" if cuda else "medium")  # TF32; on a CPU: oneDNN in place of MKL, and with
-        torch.backends.cuda.enable_flash_sdp(cuda)                        # attention by plain products, a step in 0.70 of the time
+        torch.set_float32_matmul_precision("high" if cuda else "medium")  # TF32; on a CPU: oneDNN in place of MKL, which where there is
+        torch.backends.cuda.enable_flash_sdp(cuda)                        # AMX rounds factors to bfloat16; and attention by plain products: faster
         auto = "float32" if not cuda else "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
         self.dtype = getattr(torch, auto if cfg.dtype == "auto" else cfg.dtype)
         self.compile = (cuda if cfg.compile == "auto" else cfg.compile == "on") and can_compile(self.device)
