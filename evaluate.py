@@ -210,7 +210,8 @@ def pooled(features):
     return (features.pooled if features.pooled is not None else features.patch_tokens.mean(1)).float()
 
 def frechet(a, b) -> float:
-    """|mean_a - mean_b|^2 + tr(A + B - 2 (A B)^(1/2)) of features (n, P) (arXiv 1706.08500, eq. 6); biased upwards for small n. nan of a single image, or of features that are no numbers."""
+    """|mean_a - mean_b|^2 + tr(A + B - 2 (A B)^(1/2)) of features (n, P) (arXiv 1706.08500, eq. 6); biased upwards for small n.
+    nan of a single image, or of features that are no numbers."""
     if min(len(a), len(b)) < 2 or not (a.sum() + b.sum()).isfinite():  # LAPACK would abort the process
         return math.nan
     A, B = (x.double().T.cov() for x in (a, b))
@@ -412,7 +413,7 @@ def scores_of(row: str, seed: int, measure: Callable, args) -> dict:
     folder = make_run(name, seed, args)
     path, kept = folder / f"{checkpoint}.pt", folder / f"{measure.__name__}_{checkpoint}_{args.n}.json"
     scores = json.loads((folder / "results.json").read_text()).get(checkpoint, {})
-    if measure is not evaluate or args.n not in scores.get("cases", {}).values():
+    if measure is not evaluate or scores.get("cases", {}).get("psnr") != args.n:
         if not kept.exists() or kept.stat().st_mtime < path.stat().st_mtime:
             kept.write_text(json.dumps(measure(load_checkpoint(path, args.device), args.n, seed)))
         scores = json.loads(kept.read_text())
@@ -476,7 +477,7 @@ def main(argv=None) -> None:
     parser.add_argument("--out_dir", default="experiments", help="where an experiment's runs are, as s0/main, s0/pixels, ...")
     parser.add_argument("--train", default="", help='more options of train.py for all runs of an experiment: --train="--pretrain_steps 20 --reca_steps 5"')
     parser.add_argument("--encoder", default="", help="CLIP's weights: of the experiment `encoder`, for two more rows; of photographs (clip-b16)")
-    parser.add_argument("--data_dir", default="", help="of the experiment `photographs`: a folder with train/ and val/, see data.py")
+    parser.add_argument("--data_dir", default="", help="where the photographs are, train/ and val/; of --ckpt: if no longer where they were in training")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
     try:
@@ -486,7 +487,11 @@ def main(argv=None) -> None:
             raise ValueError(f"--seeds {' '.join(map(str, args.seeds))}: give one to {len(T95) + 1} different seeds, at least 0")
         if args.experiment:
             return experiment(args.experiment, args)
-        results = {Path(path).stem: evaluate(load_checkpoint(path, args.device), args.n, args.seed) for path in args.ckpt}
+        results = {}
+        for path in args.ckpt:
+            loaded = load_checkpoint(path, args.device)
+            loaded.config["data_dir"] = args.data_dir or loaded.config["data_dir"]
+            results[Path(path).stem] = evaluate(loaded, args.n, args.seed)
         print(table(results))
         if args.json:
             Path(args.json).write_text(json.dumps(results, indent=1))

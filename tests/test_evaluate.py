@@ -298,7 +298,7 @@ open("calls", "a").write(" ".join(sys.argv[1:]) + "\\n")
 if pathlib.Path("fail").exists() and out.name == "pixels":
     sys.exit(3)
 seed = int(out.parent.name[1:])
-scores = {name: {"overall": x + seed / 100, "cases": {"edit_direct": 5}} for name, x in {"pretrain": 0.5, "sft": 0.6, "reca": 0.7}.items()}
+scores = {name: {"overall": x + seed / 100, "cases": {"psnr": 5}} for name, x in {"pretrain": 0.5, "sft": 0.6, "reca": 0.7}.items()}
 (out / "log.jsonl").write_text('{"stage": "reca", "recon": 0.9}\\n{"stage": "reca", "recon": 0.25}\\n')
 (out / "results.json").write_text(json.dumps(scores))
 """
@@ -315,7 +315,7 @@ def test_an_experiment_trains_what_is_not_there_and_goes_on_where_it_stopped(tmp
     drawn, calls = [], lambda: Path("calls").read_text().splitlines() if Path("calls").exists() else []
     start = lambda *more: E.main(["--experiment", "copy", "--seeds", "0", "1", "--n", "5", "--train=--pretrain_steps 7", *more])
     (tmp_path / "elsewhere").mkdir()
-    (tmp_path / "elsewhere/results.json").write_text(json.dumps({"pretrain": {"overall": 0.5, "cases": {"edit_direct": 5}}}))
+    (tmp_path / "elsewhere/results.json").write_text(json.dumps({"pretrain": {"overall": 0.5, "cases": {"psnr": 5}}}))
     (tmp_path / "experiments/s0").mkdir(parents=True)
     (tmp_path / "experiments/s0/main").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(SystemExit) as end:
@@ -345,12 +345,12 @@ def test_scores_are_measured_where_the_run_has_others(tmp_path, monkeypatch):
     folder, called = tmp_path / "s3/main", []
     folder.mkdir(parents=True)
     (folder / "reca.pt").touch()
-    (folder / "results.json").write_text(json.dumps({"reca": {"overall": 0.1, "cases": {"edit_direct": 5}}}))
+    (folder / "results.json").write_text(json.dumps({"reca": {"overall": 0.1, "cases": {"psnr": 5}}}))
     monkeypatch.setattr(E, "load_checkpoint", lambda path, device: str(path))
     monkeypatch.setattr(E, "evaluate", evaluate := lambda loaded, n, seed: (called.append((loaded, n, seed)), {"overall": 0.2})[1])
     monkeypatch.setattr(evaluate, "__name__", "evaluate")
     args = lambda n: SimpleNamespace(out_dir=tmp_path, n=n, device="cpu", encoder="", data_dir="", train="")
-    assert E.scores_of("main/reca", 3, E.evaluate, args(5)) == {"overall": 0.1, "cases": {"edit_direct": 5}} and not called
+    assert E.scores_of("main/reca", 3, E.evaluate, args(5)) == {"overall": 0.1, "cases": {"psnr": 5}} and not called
     for _ in range(2):
         assert E.scores_of("main/reca", 3, E.evaluate, args(9))["overall"] == 0.2
     assert called == [(str(folder / "reca.pt"), 9, 3)], "measured once, then kept"

@@ -411,7 +411,8 @@ def test_photographs_resume_to_the_bit_and_states_leave_public_weights_out(tmp_p
     run(tmp_path / "cut", "--resume")
     for name in ("pretrain", "sft", "reca"):
         same(weights(tmp_path / f"whole/{name}.pt"), weights(tmp_path / f"cut/{name}.pt"))
-    evaluate.main(["--ckpt", *(str(tmp_path / f"whole/{name}.pt") for name in ("pretrain", "reca")), "--n", "3", "--json", str(tmp_path / "scores.json")])
+    (tmp_path / "photos").rename(tmp_path / "moved")
+    evaluate.main(["--data_dir", str(tmp_path / "moved"), "--ckpt", *(str(tmp_path / f"whole/{name}.pt") for name in ("pretrain", "reca")), "--n", "3", "--json", str(tmp_path / "scores.json")])
     scores = json.loads((tmp_path / "scores.json").read_text())
     assert [scores[name]["cases"] for name in ("pretrain", "reca")] == 2 * [{"psnr": 1, "cosine": 1, "t2i_cosine": 1}], "of six photographs one is held out"
 
