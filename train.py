@@ -678,6 +678,7 @@ def report(run: Run, names: list[str]) -> None:
     """Scores the checkpoints on the same prompts, images and noise: a table, results.json and compare.png."""
     cfg, results, checkpoints = run.cfg, {}, [load_checkpoint(run.out / f"{name}.pt", run.policy.device) for name in names]
     for name, loaded in zip(names, checkpoints):
+        loaded.config |= {"data_dir": cfg.data_dir, "cache_dir": cfg.cache_dir}  # --resume may have changed where they are since it was saved
         results[name] = evaluate.evaluate(loaded, cfg.eval_n, cfg.seed)
         results[name] |= {"steps": loaded.step, "seconds": run.seconds, "device": run.policy.device_name, "seed": cfg.seed, "settings": asdict(cfg)}
     (run.out / "results.json").write_text(json.dumps(results, indent=1))

@@ -415,6 +415,8 @@ def test_photographs_resume_to_the_bit_and_states_leave_public_weights_out(tmp_p
     evaluate.main(["--data_dir", str(tmp_path / "moved"), "--ckpt", *(str(tmp_path / f"whole/{name}.pt") for name in ("pretrain", "reca")), "--n", "3", "--json", str(tmp_path / "scores.json")])
     scores = json.loads((tmp_path / "scores.json").read_text())
     assert [scores[name]["cases"] for name in ("pretrain", "reca")] == 2 * [{"psnr": 1, "cosine": 1, "t2i_cosine": 1}], "of six photographs one is held out"
+    train.main(["--resume", "--out_dir", str(tmp_path / "whole"), "--data_dir", str(tmp_path / "moved")])
+    assert json.loads((tmp_path / "whole/results.json").read_text()).keys() == {"pretrain", "sft", "reca"}, "checkpoints from before the photographs moved are scored too"
 
 
 def test_resume_may_change_the_rate_but_not_the_model(tmp_path):
