@@ -1,15 +1,19 @@
-"""Grade a submission: the tests of each blank, in a copy with our tests and our files around the student's.
+"""Grade a submission: the tests of each blank, in a copy with our tests and our files around it.
 
-    python assignments/grade.py 2 SUBMISSION                              # a table, and results.json in Gradescope's format
+    python assignments/grade.py 2 SUBMISSION     # a table, and results.json for Gradescope
     python assignments/grade.py 2 /autograder/submission --json /autograder/results/results.json
 
-Of the submission only the files that hold blanks are taken; tests, configuration and all other code are ours. Each blank's tests run
-in a process group of their own, with limits on time, memory, and the size of any file or output. A test in which that process dies or
-hangs fails, and the rest goes on in a new process, within the blank's time. So grading takes at most `--seconds` a blank.
+Of the submission only the files that hold blanks are taken; tests, configuration and all other code
+are ours. Each blank's tests run in a process group of their own, with limits on time, memory, and
+the size of any file or output. A test in which that process dies or hangs fails, and the rest goes
+on in a new process, within the blank's time. So grading takes at most `--seconds` a blank.
 
-The student's code runs in the process that tests it: this is made for mistakes, not for fraud. Run it in a container, as Gradescope does.
+The student's code runs in the process that tests it: this is made for mistakes, not for fraud. Run
+it in a container, as Gradescope does.
 """
+
 import argparse
+import contextlib
 import ctypes
 import json
 import os
@@ -23,34 +27,51 @@ import tempfile
 import time
 from pathlib import Path
 
+# beside this file, also when it is imported from elsewhere
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from make import TITLES, Blank, blanks_of, make
+from make import TITLES, Blank, blanks_of, make  # noqa: E402
 
-MAX_SOURCE = 1_000_000      # bytes of a submitted file
-MAX_WRITTEN = 16_000_000    # bytes of any file that a test writes, its output included
-PR_SET_PDEATHSIG = 1        # Linux: a signal for the child when we end
-PR_SET_CHILD_SUBREAPER = 36  # Linux: whoever loses its parent becomes ours, so that we can end it
-STARTING = "while the file was imported, before its first test"
+MAX_SOURCE = 1_000_000  # bytes of a submitted file
+MAX_WRITTEN = 16_000_000  # bytes of any file that a test writes, its output included
+MAX_PROCESSES = 1024  # of a test; root has no such limit
+PR_SET_PDEATHSIG = 1  # Linux: a signal for the child when its parent ends
+PR_SET_CHILD_SUBREAPER = 36  # Linux: orphans become children of this process, which can end them
+AT_IMPORT = "while the file was imported, before its first test"
+
+
+# ---------------------------------------------------------------- the submission
 
 
 def take(submission: Path, copy: Path, blanks: list[Blank]) -> dict[str, str]:
-    """Lays the student's files over ours; says of each that could not be used why."""
-    wrong = {}
+    """Copies the student's files over ours: {file: why it cannot be used}."""
+    problems = {}
     for name in sorted({b.file for b in blanks}):
-        source = submission / name
-        try:
-            info = source.stat()
-            if not stat.S_ISREG(info.st_mode) or not source.resolve().is_relative_to(submission.resolve()):
-                wrong[name] = "is no plain file of the submission"
-            elif info.st_size > MAX_SOURCE:
-                wrong[name] = f"has {info.st_size} bytes, more than {MAX_SOURCE}"
-            else:
-                (copy / name).write_bytes(source.read_bytes())
-                continue
-        except OSError as error:
-            wrong[name] = f"cannot be read ({error.strerror})"
-        (copy / name).write_text("raise ImportError('it was not handed in')\n")
-    return wrong
+        problem = problem_of(submission, name)
+        if problem:
+            problems[name] = problem
+            (copy / name).write_text("raise ImportError('it was not handed in')\n")
+        else:
+            (copy / name).write_bytes((submission / name).read_bytes())
+    return problems
+
+
+def problem_of(submission: Path, name: str) -> str:
+    """Why a file of the submission cannot be taken; empty if it can."""
+    source = submission / name
+    try:
+        info = source.stat()
+        inside = source.resolve().is_relative_to(submission.resolve())
+        if not stat.S_ISREG(info.st_mode) or not inside:
+            return "is no plain file of the submission"
+        if info.st_size > MAX_SOURCE:
+            return f"has {info.st_size} bytes, more than {MAX_SOURCE}"
+        with open(source, "rb"):
+            return ""
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
+
+
+# ---------------------------------------------------------------- processes
 
 
 def prctl(*args: int) -> None:
@@ -59,157 +80,238 @@ def prctl(*args: int) -> None:
 
 
 def descendants() -> dict[int, int]:
-    """Processes whose parent, or its parent, ... is this one, and the group of each (Linux; elsewhere none)."""
+    """All processes below this one: {process id: its group}. Linux; elsewhere there are none."""
     parents, groups = {}, {}
     for entry in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            pid, after_name = int(entry.parent.name), entry.read_text(errors="replace").rpartition(")")[2].split()
-            parents[pid], groups[pid] = int(after_name[1]), int(after_name[2])
-        except (OSError, ValueError, IndexError):
-            pass  # it has ended meanwhile
-    found = {os.getpid()}
-    while more := {pid for pid, parent in parents.items() if parent in found} - found:
-        found |= more
-    return {pid: groups[pid] for pid in found - {os.getpid()}}
+        # a process may end meanwhile
+        with contextlib.suppress(OSError, ValueError, IndexError):
+            pid = int(entry.parent.name)
+            _, _, after_name = entry.read_text(errors="replace").rpartition(")")
+            _, parent, group, *_ = after_name.split()
+            parents[pid] = int(parent)
+            groups[pid] = int(group)
+    found = set()
+    generation = {os.getpid()}
+    while generation:
+        generation = {pid for pid, parent in parents.items() if parent in generation} - found
+        found |= generation
+    return {pid: groups[pid] for pid in found}
 
 
-def end(group: int, before: dict[int, int]) -> None:
-    """Ends the process group, and the groups that its children made."""
-    for _ in range(50):  # one that forks while we look is found the next time; a whole group ends at once, so that nobody can outrun it
-        left = {pid: its for pid, its in descendants().items() if pid not in before}
+def kill_all(group: int, before: dict[int, int]) -> None:
+    """Kills a process group and every descendant that was not there before, with its group."""
+    # a whole group dies at once, so that none can outrun it; one that forks is found the next time
+    for _ in range(50):
+        left = {pid: own for pid, own in descendants().items() if pid not in before}
         for target in {group, *left.values()} - {os.getpgrp()}:
-            try:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(target, signal.SIGKILL)
-            except (ProcessLookupError, PermissionError):
-                pass
         if not left:
             return
         for pid in left:
-            try:
+            with contextlib.suppress(ProcessLookupError, ChildProcessError, PermissionError):
                 os.kill(pid, signal.SIGKILL)
                 os.waitpid(pid, os.WNOHANG)
-            except (ProcessLookupError, ChildProcessError, PermissionError):
-                pass
         time.sleep(0.02)
 
 
 def limits(seconds: int, memory: int):
-    """Runs in the child before Python starts there."""
-    def set_them():
+    """A function that runs in the child before Python starts there."""
+
+    def set_limits():
         prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))  # what it may write to; torch maps far more than it uses
+        # the memory that it may write to; torch maps far more than it uses
+        resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))
         resource.setrlimit(resource.RLIMIT_FSIZE, (MAX_WRITTEN, MAX_WRITTEN))
         resource.setrlimit(resource.RLIMIT_CPU, (4 * seconds, 4 * seconds))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        if os.getuid():  # root is above this limit
-            resource.setrlimit(resource.RLIMIT_NPROC, (1024, 1024))
-    return set_them
+        if os.getuid() != 0:
+            resource.setrlimit(resource.RLIMIT_NPROC, (MAX_PROCESSES, MAX_PROCESSES))
+
+    return set_limits
 
 
 def run_once(copy: Path, tests: list[str], seconds: float, memory: int) -> tuple[list[dict], str]:
-    """One pytest process over some tests: what the conftest wrote of each, and how the process ended ("" if by itself)."""
-    log, output, before = copy / "grade.log", copy / "output.txt", descendants()
-    log.unlink(missing_ok=True)
-    log.touch()
-    home = copy / "tmp"
+    """One pytest process over some tests: its log, and how the process ended ("" if by itself)."""
+    log, output, home = copy / "grade.log", copy / "output.txt", copy / "tmp"
+    log.write_text("")
     home.mkdir(exist_ok=True)
-    env = {"PATH": os.environ.get("PATH", ""), "HOME": str(home), "TMPDIR": str(home), "GRADE_LOG": str(log), "OMP_NUM_THREADS": "1",
-           "PYTHONDONTWRITEBYTECODE": "1", "CUDA_VISIBLE_DEVICES": "", "LD_LIBRARY_PATH": os.environ.get("LD_LIBRARY_PATH", "")}
-    command = [sys.executable, "-m", "pytest", "-q", "--tb=line", "-p", "no:cacheprovider", "--rootdir", str(copy), "-c", str(copy / "pytest.ini"), *tests]
-    how = ""
+    env = {
+        "PATH": os.environ.get("PATH", ""),
+        "LD_LIBRARY_PATH": os.environ.get("LD_LIBRARY_PATH", ""),
+        "HOME": str(home),
+        "TMPDIR": str(home),
+        "GRADE_LOG": str(log),
+        "OMP_NUM_THREADS": "1",
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+    command = [sys.executable, "-m", "pytest", "-q", "--tb=line", "-p", "no:cacheprovider"]
+    command += ["--rootdir", str(copy), "-c", str(copy / "pyproject.toml"), *tests]
+    before = descendants()
     with open(output, "wb") as file:
-        process = subprocess.Popen(command, cwd=copy, env=env, stdin=subprocess.DEVNULL, stdout=file, stderr=file, start_new_session=True,
-                                   preexec_fn=limits(max(1, int(seconds)), memory))
+        process = subprocess.Popen(
+            command,
+            cwd=copy,
+            env=env,
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=file,
+            start_new_session=True,
+            preexec_fn=limits(max(1, int(seconds)), memory),
+        )
         try:
-            code = process.wait(max(0.1, seconds))
-            how = "" if code in (0, 1) else f"the process was ended by {signal.Signals(-code).name}" if code < 0 else f"the process ended with exit code {code}"
+            ending = describe_exit(process.wait(max(0.1, seconds)))
         except subprocess.TimeoutExpired:
-            how = f"it was stopped after {seconds:.0f} s"
+            ending = f"it was stopped after {seconds:.0f} s"
         finally:
-            end(process.pid, before)
+            kill_all(process.pid, before)
             process.wait()
+    entries = read_log(log)
+    at_collection = ending.endswith("exit code 2") and not entries
+    if at_collection or ending.endswith("exit code 4"):
+        ending = collection_error(output, copy) or ending
+    return entries, ending
+
+
+def describe_exit(code: int) -> str:
+    """How a pytest process ended; empty if all its tests ran, green or red."""
+    if code in (0, 1):
+        return ""
+    if code < 0:
+        return f"the process was ended by {signal.Signals(-code).name}"
+    return f"the process ended with exit code {code}"
+
+
+def read_log(path: Path) -> list[dict]:
+    """What handout_conftest.py wrote of each test."""
     entries = []
-    with open(log, "rb") as file:
-        for line in file.read(MAX_WRITTEN).decode(errors="replace").splitlines():
-            try:
-                entry = json.loads(line)
-                if isinstance(entry, dict) and entry.get("event"):
-                    entries.append(entry)
-            except ValueError:
-                pass  # a line that was cut off
-    if not entries and how.endswith("exit code 2") or how.endswith("exit code 4"):
-        with open(output, "rb") as file:
-            said = file.read(100_000).decode(errors="replace").replace(f"{copy}/tests/../", "")
-        how = "\n".join(line[1:].strip() for line in said.splitlines() if line.startswith("E  ")) or how
-    return entries, how
+    with open(path, "rb") as file:
+        text = file.read(MAX_WRITTEN).decode(errors="replace")
+    for line in text.splitlines():
+        # a line may be cut off
+        with contextlib.suppress(ValueError):
+            entry = json.loads(line)
+            if isinstance(entry, dict) and entry.get("event"):
+                entries.append(entry)
+    return entries
+
+
+def collection_error(output: Path, copy: Path) -> str:
+    """The error lines of pytest's output when it could not import a file."""
+    with open(output, "rb") as file:
+        text = file.read(100_000).decode(errors="replace").replace(f"{copy}/", "")
+    lines = [line[1:].strip() for line in text.splitlines() if line.startswith("E  ")]
+    return "\n".join(lines)
+
+
+# ---------------------------------------------------------------- grades
 
 
 def grade_blank(b: Blank, copy: Path, seconds: float, memory: int) -> tuple[dict[str, str], float]:
-    """Each test of a blank -> "" if it passed, else what went wrong."""
-    began, left, found = time.monotonic(), list(b.tests), {}
+    """{test: "" if it passed, else what went wrong}, and the seconds that it took."""
+    began = time.monotonic()
+    left = list(b.tests)
+    outcomes = {}
     while left:
         rest = seconds - (time.monotonic() - began)
         if rest < 1:
-            found |= {test: "there was no time left for it" for test in left}
+            outcomes |= dict.fromkeys(left, "there was no time left for it")
             break
-        entries, how = run_once(copy, [f"tests/{test}" for test in left], rest, memory)
-        cases: dict[str, str] = {}      # of started cases: the last that was heard of each
-        failed: dict[str, str] = {}
-        for entry in entries:
-            test, case = str(entry.get("test", "")), str(entry.get("case", ""))
-            if entry["event"] == "start":
-                cases[case] = test
-            elif entry["event"] == "end":
-                cases.pop(case, None)
-            elif entry["event"] == "passed":
-                found.setdefault(test, "")
-            else:
-                failed.setdefault(test, str(entry.get("message", "")) or entry["event"])
-        open_tests = set(cases.values())
-        if open_tests:                   # the process died in it
-            failed |= {test: f"{how or 'the process ended early'} in the middle of it" for test in open_tests}
-        found |= failed
-        found = {test: found[test] for test in b.tests if test in found}
-        going = [test for test in left if test not in found]
-        if going == left:                # nothing was even started: another process would end the same way
-            found |= {test: f"{STARTING}: {how or 'the process ended'}" for test in left}
+        entries, ending = run_once(copy, [f"tests/{test}" for test in left], rest, memory)
+        outcomes = outcomes_of(entries, ending, outcomes)
+        remaining = [test for test in left if test not in outcomes]
+        if remaining == left:
+            # not one was started: another process would end the same way
+            reason = f"{AT_IMPORT}: {ending or 'the process ended'}"
+            outcomes |= dict.fromkeys(left, reason)
             break
-        left = going
-    return {test: found[test] for test in b.tests}, time.monotonic() - began
+        left = remaining
+    return {test: outcomes[test] for test in b.tests}, time.monotonic() - began
+
+
+def outcomes_of(entries: list[dict], ending: str, known: dict[str, str]) -> dict[str, str]:
+    """The outcomes known so far, and what a log adds: a test passes if no case of it fails."""
+    started = {}  # cases that have not ended: {case: its test}
+    passed, failed = {}, {}
+    for entry in entries:
+        event = entry["event"]
+        test, case = str(entry.get("test", "")), str(entry.get("case", ""))
+        if event == "start":
+            started[case] = test
+        elif event == "end":
+            started.pop(case, None)
+        elif event == "passed":
+            passed[test] = ""
+        else:
+            failed.setdefault(test, str(entry.get("message", "")) or event)
+    for test in started.values():
+        failed[test] = f"{ending or 'the process ended early'} in the middle of it"
+    return passed | known | failed
 
 
 def grade(assignment: int, submission: Path, seconds: float, memory: int) -> dict:
     """results.json in Gradescope's format."""
-    blanks, tests, began = blanks_of(assignment), [], time.monotonic()
+    began = time.monotonic()
+    blanks = blanks_of(assignment)
+    tests = []
     with tempfile.TemporaryDirectory(prefix="grade-", ignore_cleanup_errors=True) as folder:
-        for b in blanks:
+        for number, b in enumerate(blanks, 1):
             copy = Path(folder) / b.name
             make(assignment, copy, fill=True)
-            (copy / "pytest.ini").write_text("[pytest]\n")
-            wrong = take(submission, copy, blanks)
-            found, took = grade_blank(b, copy, seconds, memory)
-            passed = sum(not message for message in found.values())
-            lines = [f"{name} {why}" for name, why in wrong.items() if name == b.file]
-            lines += [f"{'ok  ' if not message else 'FAIL'} {test}" + (f"\n     {shorten(message)}" if message else "") for test, message in found.items()]
-            tests.append({"name": b.name, "number": f"{assignment}.{len(tests) + 1}", "score": round(b.points * passed / len(found), 2), "max_score": b.points,
-                          "status": "passed" if passed == len(found) else "failed", "output": "\n".join([b.equation, *lines]), "visibility": "visible",
-                          "extra_data": {"seconds": round(took, 1), "passed": passed, "tests": len(found)}})
+            problems = take(submission, copy, blanks)
+            outcomes, took = grade_blank(b, copy, seconds, memory)
+            entry = report(b, outcomes, problems.get(b.file, ""))
+            entry["number"] = f"{assignment}.{number}"
+            entry["extra_data"]["seconds"] = round(took, 1)
+            tests.append(entry)
             shutil.rmtree(copy, ignore_errors=True)
-    return {"score": round(sum(t["score"] for t in tests), 2), "execution_time": round(time.monotonic() - began), "visibility": "visible",
-            "stdout_visibility": "hidden", "tests": tests}
+    return {
+        "score": round(sum(test["score"] for test in tests), 2),
+        "execution_time": round(time.monotonic() - began),
+        "visibility": "visible",
+        "stdout_visibility": "hidden",
+        "tests": tests,
+    }
+
+
+def report(b: Blank, outcomes: dict[str, str], problem: str) -> dict:
+    """One blank in Gradescope's format. problem: of its file, if that could not be taken."""
+    passed = sum(not message for message in outcomes.values())
+    lines = [b.equation]
+    if problem:
+        lines.append(f"{b.file} {problem}")
+    for test, message in outcomes.items():
+        lines.append(f"FAIL {test}\n     {shorten(message)}" if message else f"ok   {test}")
+    return {
+        "name": b.name,
+        "score": round(b.points * passed / len(outcomes), 2),
+        "max_score": b.points,
+        "status": "passed" if passed == len(outcomes) else "failed",
+        "output": "\n".join(lines),
+        "visibility": "visible",
+        "extra_data": {"passed": passed, "tests": len(outcomes)},
+    }
 
 
 def shorten(message: str) -> str:
     """The lines of a message that say what was expected."""
-    return "\n     ".join(line.strip()[:200] for line in message.strip().splitlines()[:5] if line.strip())
+    lines = [line.strip()[:200] for line in message.strip().splitlines()[:5]]
+    return "\n     ".join(line for line in lines if line)
 
 
 def table(results: dict) -> str:
     rows = [("blank", "points", "tests", "seconds")]
-    for t in results["tests"]:
-        rows.append((t["name"], f"{t['score']:g}/{t['max_score']}", f"{t['extra_data']['passed']}/{t['extra_data']['tests']}", f"{t['extra_data']['seconds']}"))
-    rows.append(("sum", f"{results['score']:g}/{sum(t['max_score'] for t in results['tests'])}", "", f"{results['execution_time']}"))
+    for test in results["tests"]:
+        extra = test["extra_data"]
+        points = f"{test['score']:g}/{test['max_score']}"
+        rows.append((test["name"], points, f"{extra['passed']}/{extra['tests']}", extra["seconds"]))
+    most = sum(test["max_score"] for test in results["tests"])
+    rows.append(("sum", f"{results['score']:g}/{most}", "", results["execution_time"]))
     return "\n".join(f"{a:40} {b:>8} {c:>6} {d:>8}" for a, b, c, d in rows)
+
+
+# ---------------------------------------------------------------- the command line
 
 
 def stop(number: int, frame) -> None:
@@ -221,24 +323,28 @@ def stop(number: int, frame) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("assignment", choices=[str(n) for n in TITLES if blanks_of(n)])
-    parser.add_argument("submission", type=Path, help="the student's folder")
-    parser.add_argument("--json", type=Path, default=Path("results.json"), help="where Gradescope's file goes")
-    parser.add_argument("--seconds", type=float, default=60, help="for the tests of one blank")
-    parser.add_argument("--gigabytes", type=float, default=4, help="of memory for the tests of one blank")
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
+    add = parser.add_argument
+    add("assignment", choices=[str(n) for n in TITLES if blanks_of(n)])
+    add("submission", type=Path, help="the student's folder")
+    add("--json", type=Path, default=Path("results.json"), help="where Gradescope's file goes")
+    add("--seconds", type=float, default=60, help="for the tests of one blank (60)")
+    add("--gigabytes", type=float, default=4, help="of memory for the tests of one blank (4)")
     args = parser.parse_args()
     if not args.submission.is_dir():
         parser.error(f"there is no folder {args.submission}")
     prctl(PR_SET_CHILD_SUBREAPER, 1)
-    sys.stdout.reconfigure(errors="backslashreplace")  # what a submission says may be in no encoding
+    # what a submission prints may have no encoding
+    sys.stdout.reconfigure(errors="backslashreplace")
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop)
-    results = grade(int(args.assignment), args.submission, args.seconds, int(args.gigabytes * 2**30))
+    memory = int(args.gigabytes * 2**30)
+    results = grade(int(args.assignment), args.submission, args.seconds, memory)
     args.json.write_text(json.dumps(results, indent=1) + "\n")
-    for t in results["tests"]:
-        if t["status"] == "failed":
-            print(f"{t['name']}: {t['output']}\n")
+    for test in results["tests"]:
+        if test["status"] == "failed":
+            print(f"{test['name']}: {test['output']}\n")
     print(table(results))
 
 

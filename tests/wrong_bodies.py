@@ -1,215 +1,543 @@
-"""Plausible mistakes in every blank of assignments/: each has to be caught by the tests of that blank.
+"""Plausible mistakes in every blank of assignments/: the tests of that blank have to catch each.
 
-    python tests/wrong_bodies.py 2            # tries those of assignment 2, prints which were caught, ends with 1 if one was not
+    PYTHONPATH=. python tests/wrong_bodies.py 2    # those of assignment 2, and what caught them
 
-A mistake is what it is in the field's words, then a piece of the real body, and what a student might write there.
+Ends with 1 if a mistake was not caught. A mistake is its name in the field's words, then what
+changes in the real body, as in a diff: lines that go (-) and lines that come (+).
 """
+
 import __future__
+
 import ast
 import importlib
 import inspect
 import io
 import json
 import sys
+import textwrap
 import time
+from collections.abc import Iterator
 from contextlib import redirect_stdout
 from pathlib import Path
+from typing import NamedTuple
 
-ROOT = Path(__file__).resolve().parents[1]
 import pytest
 from _pytest.runner import runtestprotocol
 
-sys.path[:0] = [str(ROOT / "assignments"), str(ROOT), str(ROOT / "tests")]
+from assignments.make import Blank, blanks_of, body_of, find, with_body
 
-from make import blanks_of, body_of, find, local, with_body  # noqa: E402
+ROOT = Path(__file__).resolve().parents[1]
 
 WRONG = {
-    "encoder.Attention.forward": [
-        ("queries and keys swapped", "q, k, v = rearrange", "k, q, v = rearrange"),
-        ("heads are the inner axis", "(three h d)", "(three d h)"),
-        ("no output projection", "self.proj(rearrange(x, \"b h t d -> b t (h d)\"))", "rearrange(x, \"b h t d -> b t (h d)\")"),
-        ("a causal mask", "(q, k, v)", "(q, k, v, is_causal=True)"),
-        ("scaled by the width, not the head's", "(q, k, v)", "(q, k, v, scale=x.shape[-1] ** -0.5)"),
-    ],
-    "encoder.ViT.forward": [
-        ("pixels not normalised", "images[..., :rows * p, :cols * p] - self.mean) / self.std", "images[..., :rows * p, :cols * p])"),
-        ("patches column by column", "-> b (h w)", "-> b (w h)"),
-        ("position embeddings added twice", "+ self.position_embeddings(rows, cols)", "+ 2 * self.position_embeddings(rows, cols)"),
-        ("channels last within a patch", "(c p q)", "(p q c)"),
-        ("the class token counted among the patches", "x[:, self.prefix_tokens.shape[0]:]", "x[:, :rows * cols]"),
-        ("no check of the images", "self.check(images)", "(images.shape[2] // p, images.shape[3] // p)"),
-    ],
-    "encoder.ViT.position_embeddings": [
-        ("rows and columns swapped", "size=(rows, cols)", "size=(cols, rows)"),
-        ("bilinear", 'mode="bicubic"', 'mode="bilinear"'),
-        ("the publisher's offset left out", "rows + DINOV2_OFFSET", "rows"),
-        ("no gradient through the resizing", "self.pos_embed.float()", "self.pos_embed.detach().float()"),
-        ("transposed grid", '"(h w) d -> 1 d h w"', '"(w h) d -> 1 d h w"'),
-    ],
-    "encoder.rename": [
-        ("unknown names skipped in silence", "        named[ours], origin[ours]", "        if NAMES.get(stem) is None and name not in NAMES.values():\n            continue\n        named[ours], origin[ours]"),
-        ("the last of two names wins", "if ours in named:", "if False:"),
-        ("the text tower is not left out", "if LEFT_OUT.match(theirs):", "if False:"),
-        ("every block is block 0", "{match[1]}", "0"),
-    ],
-    "model.Attention.forward": [
-        ("keys and values swapped", "k, v = rearrange", "v, k = rearrange"),
-        ("heads are the inner axis", "(h d) -> b h s d", "(d h) -> b h s d"),
-        ("the mask is left out", "attn_mask=mask", "attn_mask=None"),
-        ("no scale", "attn_mask=mask", "attn_mask=mask, scale=1.0"),
-        ("the context is ignored", "x if context is None else context", "x if context is None or context.shape[-1] != x.shape[-1] else x"),
-        ("the cache is not read", "k, v = cache.extend(layer, k, v)", "cache.extend(layer, k, v)"),
-    ],
-    "model.prefix_mask": [
-        ("off by one: nothing sees itself", ">= row", "> row"),
-        ("the prefix sees the image", "return mine & (", "return (draw[:, None] == -1) | mine & ("),
-        ("rows and columns swapped", "return mine & (", "return mine.T & ("),
-        ("the prefix is bidirectional", "seen | (row[:, None] >= T)", "seen | True"),
-        ("draws see each other", "mine = (draw == -1) | (draw[:, None] == draw)", "mine = torch.ones_like(draw, dtype=torch.bool)"),
-        ("always full attention in the image", "seen if causal else ", ""),
-    ],
-    "model.UnifiedModel.predict_image": [
-        ("image positions added twice", "+ self.places() ", "+ 2 * self.places() "),
-        ("image positions left out", "+ self.places() ", " "),
-        ("the prefix has no positions", "prefix + self.text_pos[:T]", "prefix"),
-        ("states off by one", "h[:, T:]", "h[:, T - 1:-1]"),
-        ("draws mixed with the batch", "b (draws n) d\", draws=draws)\n        x", "b (draws n) d\", b=len(prefix))[:, :].flip(0)\n        x"),
-        ("the causal switch ignored", "self.image.causal", "False"),
-    ],
-    "model.UnifiedModel.text_logits": [
-        ("off by one: from the word after the prefix", "prefix.shape[1] - 1:", "prefix.shape[1]:"),
-        ("a word sees later words", "causal_mask(x.shape[1], x.device)", "None"),
-        ("positions begin anew after the prefix", "x + self.text_pos[: x.shape[1]]", "x + torch.cat([self.text_pos[: prefix.shape[1]], self.text_pos[: x.shape[1] - prefix.shape[1]]])"),
-        ("no positions", "x = x + self.text_pos[: x.shape[1]]", "x = x"),
-    ],
-    "model.UnifiedModel.predict_image_cached": [
-        ("text positions instead of the image's", "self.places()[start: start + x.shape[1]]", "self.text_pos[start: start + x.shape[1]]"),
-        ("the cache grows by every look", "if self.image.causal else 0", "if True else 0"),
-        ("the cache never grows", "if self.image.causal else 0", "if False else 0"),
-        ("every code at the first position", "start = cache.length - cache.prefix", "start = 0"),
-    ],
-    "recon_loss.interpolate": [
-        ("swapped: t = 0 is the image", "t * image + (1 - t) * noise", "(1 - t) * image + t * noise"),
-        ("noise not scaled down", "(1 - t) * noise", "noise"),
-        ("variance-preserving instead of straight", "(1 - t) * noise", "(1 - t ** 2) ** 0.5 * noise"),
-    ],
-    "recon_loss.velocity_error": [
-        ("divided by t", "(1 - t).clamp", "t.clamp"),
-        ("not weighed by the time", " / (1 - t).clamp(min=MIN_ONE_MINUS_T)", ""),
-        ("weighed once instead of squared", "((x_pred - x) / (1 - t).clamp(min=MIN_ONE_MINUS_T)) ** 2", "(x_pred - x) ** 2 / (1 - t).clamp(min=MIN_ONE_MINUS_T)"),
-        ("the denominator reaches zero", ".clamp(min=MIN_ONE_MINUS_T)", ""),
-        ("absolute instead of squared", " ** 2", ".abs()"),
-    ],
-    "recon_loss.flow_loss": [
-        ("the model sees the clean image", "predict_image(prefix, x_t,", "predict_image(prefix, x,"),
-        ("the model is told 1 - t", "t[:, 0, 0])", "1 - t[:, 0, 0])"),
-        ("the noise's scale forgotten", "model.cfg.noise_scale", "1.0"),
-        ("compared with the noised image", "velocity_error(x_pred, x, t)", "velocity_error(x_pred, x_t, t)"),
-        ("a time for each patch", "noised(x, False,", "noised(x, True,"),
-        ("sum instead of mean", ".mean()", ".sum()"),
-    ],
-    "recon_loss.drop_prefix": [
-        ("keeps with chance p", ">= p", "< p"),
-        ("drops word by word", "len(prefix) * WORLD, 1, 1", "len(prefix) * WORLD, prefix.shape[1], 1"),
-        ("the dropped condition is zeros", "null.to(prefix.dtype))", "torch.zeros_like(prefix))"),
-        ("one coin for the whole batch", ">= p\n", ">= p\n    keep = keep[:1]\n"),
-    ],
-    "sample.guided": [
-        ("the sign of guidance", "uncond + how.cfg_scale * (cond - uncond)", "uncond - how.cfg_scale * (cond - uncond)"),
-        ("halves swapped", "cond, uncond = look", "uncond, cond = look"),
-        ("the other convention: 1 is already guidance", "uncond + how.cfg_scale", "cond + how.cfg_scale"),
-        ("guidance of 0 is the condition", "how.cfg_scale == 1", "how.cfg_scale in (0, 1)"),
-        ("two passes even without guidance", "return look(*inputs)", "return look(*[torch.cat([x, x]) for x in inputs])[: len(inputs[0])]"),
-    ],
-    "sample.denoise": [
-        ("from image to noise", "zip(times[:-1], times[1:])", "zip(times.flip(0)[1:], times.flip(0)[:-1])"),
-        ("the noise with t and 1 - t swapped", "(x_t - t * x_pred) / (1 - t)", "(x_t - (1 - t) * x_pred) / t.clamp(min=0.01)"),
-        ("equal steps", "** TIME_POWER", "** 1.0"),
-        ("renewed noise grows: weights that sum to one, not squares", "(1 - how.renew ** 2) ** 0.5", "(1 - how.renew)"),
-        ("the noise's scale forgotten", "* model.cfg.noise_scale ", ""),
-        ("the last step left out", "zip(times[:-1], times[1:])", "zip(times[:-2], times[1:-1])"),
-        ("stays at t", "interpolate(x_pred, noise, t_next)", "interpolate(x_pred, noise, t)"),
-    ],
-    "model.Connector.forward": [
-        ("patch tokens not normalised", "self.norm_in(patch_tokens)", "patch_tokens"),
-        ("probabilities instead of logits", "return self.word_head(self.norm(x))", "return self.word_head(self.norm(x)).softmax(-1)"),
-        ("the queries never look", "block(x, context=context)", "block(x)"),
-        ("only the last block counts", "x = block(x, context=context)", "y = block(x, context=context)\n        x = y"),
-        ("no last norm", "self.word_head(self.norm(x))", "self.word_head(x)"),
-    ],
-    "model.UnifiedModel.visual_prefix": [
-        ("no <bos>", "self.wte.weight[1].expand", "torch.zeros_like(self.wte.weight[1]).expand"),
-        ("<bos> last", "torch.cat([bos, (words @ self.wte.weight[: self.cfg.vocab_size]).to(bos.dtype)], 1)", "torch.cat([(words @ self.wte.weight[: self.cfg.vocab_size]).to(bos.dtype), bos], 1)"),
-        ("hard words: argmax", "(words @ self.wte.weight[: self.cfg.vocab_size])", "self.wte(words.argmax(-1))"),
-        ("softmax twice", "(words @", "(words.softmax(-1) @"),
-        ("<pad> instead of <bos>", "self.wte.weight[1]", "self.wte.weight[0]"),
-    ],
-    "recon_loss.see": [
-        ("the encoder learns", "with torch.no_grad():", "with torch.enable_grad():"),
-        ("nothing learns", "return model.visual_words(features)", "return model.visual_words(features).detach()"),
-        ("images not at the encoder's size", "model.for_encoder(images)", "images"),
-        ("logits instead of probabilities", "model.visual_words(features)", "model.connector(features)"),
-    ],
-    "recon_loss.recon_loss": [
-        ("no detach: the connector learns", "learns and torch.is_grad_enabled()", "torch.is_grad_enabled()"),
-        ("the connector never learns", "learns and torch.is_grad_enabled()", "False"),
-        ("the condition is not used", "image_loss(model, prefix, images)", "image_loss(model, torch.zeros_like(prefix), images)"),
-        ("nothing learns", "    return image_loss(model, prefix, images)", "    with torch.no_grad():\n        return image_loss(model, prefix, images)"),
-        ("no condition is dropped", "image_loss(model, prefix, images)", "IMAGE_LOSS[model.cfg.paradigm](model, prefix, images)"),
-    ],
-    "recon_loss.text_loss": [
-        ("no shift: each word predicts itself", "words = target[:, 1:]", "words = target[:, :-1]"),
-        ("<pad> is predicted", "words != PAD", "words == words"),
-        ("<eos> is not predicted", "words != PAD", "(words != PAD) & (words != EOS)"),
-        ("<bos> read again after the prefix", "words[:, :-1])", "target[:, :-2])"),
-        ("sum instead of mean", "return mean_where(words != PAD, ", "return (words != PAD).sum() * mean_where(words != PAD, "),
-    ],
+    "encoder.Attention.forward": """
+queries and keys swapped
+- q, k, v = rearrange(qkv, "b t (three h d) -> three b h t d", three=3, h=self.heads)
++ k, q, v = rearrange(qkv, "b t (three h d) -> three b h t d", three=3, h=self.heads)
+
+heads are the inner axis
+- q, k, v = rearrange(qkv, "b t (three h d) -> three b h t d", three=3, h=self.heads)
++ q, k, v = rearrange(qkv, "b t (three d h) -> three b h t d", three=3, h=self.heads)
+
+no output projection
+- return self.proj(rearrange(x, "b h t d -> b t (h d)"))  # (B, T, D)
++ return rearrange(x, "b h t d -> b t (h d)")
+
+a causal mask
+- x = F.scaled_dot_product_attention(q, k, v)  # (B, H, T, D / H)
++ x = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+scaled by the width, not by that of a head
+- x = F.scaled_dot_product_attention(q, k, v)  # (B, H, T, D / H)
++ x = F.scaled_dot_product_attention(q, k, v, scale=x.shape[-1] ** -0.5)
+""",
+    "encoder.ViT.forward": """
+pixels not normalised
+- x = (images[..., : rows * p, : cols * p] - self.mean) / self.std  # (B, C, H, W)
++ x = images[..., : rows * p, : cols * p]
+
+patches column by column
+- x = rearrange(x, "b c (h p) (w q) -> b (h w) (c p q)", p=p, q=p)  # (B, N, C p p)
++ x = rearrange(x, "b c (h p) (w q) -> b (w h) (c p q)", p=p, q=p)
+
+channels last within a patch
+- x = rearrange(x, "b c (h p) (w q) -> b (h w) (c p q)", p=p, q=p)  # (B, N, C p p)
++ x = rearrange(x, "b c (h p) (w q) -> b (h w) (p q c)", p=p, q=p)
+
+position embeddings added twice
+- x = self.patch_embed(x.to(self.pos_embed.dtype)) + self.position_embeddings(rows, cols)
++ x = self.patch_embed(x.to(self.pos_embed.dtype)) + 2 * self.position_embeddings(rows, cols)
+
+the class token counted among the patches
+- patch_tokens = x[:, len(self.prefix_tokens) :]  # (B, N, D)
++ patch_tokens = x[:, : rows * cols]
+
+no check of the images
+- rows, cols = self.patch_grid(images)
++ rows, cols = images.shape[2] // p, images.shape[3] // p
+""",
+    "encoder.ViT.position_embeddings": """
+rows and columns swapped
+-     resized = F.interpolate(native, (rows, cols), mode="bicubic", **switches)
++     resized = F.interpolate(native, (cols, rows), mode="bicubic", **switches)
+
+bilinear
+-     resized = F.interpolate(native, (rows, cols), mode="bicubic", **switches)
++     resized = F.interpolate(native, (rows, cols), mode="bilinear", **switches)
+
+the publisher's offset left out
+-     scale = [(side + DINOV2_OFFSET) / self.grid for side in (rows, cols)]
++     scale = [side / self.grid for side in (rows, cols)]
+
+no gradient through the resizing
+- native = rearrange(self.pos_embed.float(), "(h w) d -> 1 d h w", h=self.grid)
++ native = rearrange(self.pos_embed.detach().float(), "(h w) d -> 1 d h w", h=self.grid)
+
+transposed grid
+- native = rearrange(self.pos_embed.float(), "(h w) d -> 1 d h w", h=self.grid)
++ native = rearrange(self.pos_embed.float(), "(w h) d -> 1 d h w", h=self.grid)
+""",
+    "pretrained.rename_keys": """
+unknown names are skipped
+-     target = target_name(source)
++     target = target_name(source)
++     if target in source and target not in NAMES.values():
++         continue
+
+the last of two names wins
+-     if target in named:
++     if False:
+
+the text tower is not left out
+-     if LEFT_OUT.match(source):
++     if False:
+
+every block is block 0
+-     target = target_name(source)
++     target = re.sub(r"blocks\\.\\d+", "blocks.0", target_name(source))
+""",
+    "model.Attention.forward": """
+keys and values swapped
+- k, v = kv
++ v, k = kv
+
+heads are the inner axis
+- q = rearrange(self.q_proj(x), "b s (h d) -> b h s d", h=self.heads)
++ q = rearrange(self.q_proj(x), "b s (d h) -> b h s d", h=self.heads)
+
+the mask is left out
+- out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # (B, H, S, D / H)
++ out = F.scaled_dot_product_attention(q, k, v)
+
+no scale
+- out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # (B, H, S, D / H)
++ out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0)
+
+the context is ignored
+- source = x if context is None else context
++ source = x if context is None or context.shape[-1] != x.shape[-1] else x
+
+the cache is not read
+-     k, v = cache.extend(layer, k, v)
++     cache.extend(layer, k, v)
+""",
+    "model.prefix_mask": """
+off by one: no position attends to itself
+- before = position[:, None] >= position
++ before = position[:, None] > position
+
+the prefix attends to the image
+- return same_or_prefix & (before if causal else before | in_image[:, None])
++ mask = same_or_prefix & (before if causal else before | in_image[:, None])
++ return mask | ~in_image[:, None]
+
+rows and columns swapped
+- return same_or_prefix & (before if causal else before | in_image[:, None])
++ return same_or_prefix.T & (before if causal else before | in_image[:, None])
+
+the prefix is bidirectional
+- return same_or_prefix & (before if causal else before | in_image[:, None])
++ return same_or_prefix & (before if causal else torch.ones_like(before))
+
+repeats attend to each other
+- same_or_prefix = (repeat == -1) | (repeat[:, None] == repeat)
++ same_or_prefix = torch.ones_like(repeat, dtype=torch.bool)
+
+always full attention in the image
+- return same_or_prefix & (before if causal else before | in_image[:, None])
++ return same_or_prefix & (before | in_image[:, None])
+""",
+    "model.UnifiedModel.predict_image": """
+image positions added twice
+- image = self.paradigm.embed(self, *inputs) + self.image_position_embedding()  # (B R, N, D)
++ image = self.paradigm.embed(self, *inputs) + 2 * self.image_position_embedding()
+
+image positions left out
+- image = self.paradigm.embed(self, *inputs) + self.image_position_embedding()  # (B R, N, D)
++ image = self.paradigm.embed(self, *inputs)
+
+the prefix has no positions
+- x = torch.cat([prefix + self.text_pos[:T], image], 1)  # (B, T + R N, D)
++ x = torch.cat([prefix, image], 1)
+
+states off by one
+- h = self.transformer(x, mask)[:, T:]
++ h = self.transformer(x, mask)[:, T - 1 : -1]
+
+repeats mixed with the batch
+- image = rearrange(image, "(b r) n d -> b (r n) d", r=repeats)
++ image = rearrange(image, "(b r) n d -> b (r n) d", r=repeats).flip(0)
+
+the causal switch ignored
+- mask = prefix_mask(T, N, repeats, self.paradigm.causal, x.device)
++ mask = prefix_mask(T, N, repeats, False, x.device)
+""",
+    "model.UnifiedModel.text_logits": """
+off by one: from the word after the prefix
+- return self.word_logits(h[:, prefix.shape[1] - 1 :])
++ return self.word_logits(h[:, prefix.shape[1] :])
+
+a word attends to later words
+- h = self.transformer(x, causal_mask(x.shape[1], x.device))
++ h = self.transformer(x)
+
+positions begin anew after the prefix
+- x = x + self.text_pos[: x.shape[1]]
++ T = prefix.shape[1]
++ x = x + torch.cat([self.text_pos[:T], self.text_pos[: x.shape[1] - T]])
+
+no positions
+- x = x + self.text_pos[: x.shape[1]]
+""",
+    "model.UnifiedModel.predict_image_cached": """
+text positions instead of the image's
+- positions = self.image_position_embedding()[start : start + x.shape[1]]
++ positions = self.text_pos[start : start + x.shape[1]]
+
+the cache grows in every pass
+- if self.paradigm.causal:
++ if True:
+
+the cache never grows
+- if self.paradigm.causal:
++ if False:
+
+every code at the first position
+- start = cache.length - cache.prefix_length
++ start = 0
+""",
+    "paradigms.interpolate": """
+swapped: t = 0 is the image
+- return t * image + (1 - t) * noise
++ return (1 - t) * image + t * noise
+
+noise not scaled down
+- return t * image + (1 - t) * noise
++ return t * image + noise
+
+variance-preserving instead of straight
+- return t * image + (1 - t) * noise
++ return t * image + (1 - t**2) ** 0.5 * noise
+""",
+    "paradigms.velocity_squared_error": """
+divided by t
+- return ((x_pred - x) / (1 - t).clamp(min=MIN_ONE_MINUS_T)) ** 2
++ return ((x_pred - x) / t.clamp(min=MIN_ONE_MINUS_T)) ** 2
+
+not weighted by the time
+- return ((x_pred - x) / (1 - t).clamp(min=MIN_ONE_MINUS_T)) ** 2
++ return (x_pred - x) ** 2
+
+weighted once instead of squared
+- return ((x_pred - x) / (1 - t).clamp(min=MIN_ONE_MINUS_T)) ** 2
++ return (x_pred - x) ** 2 / (1 - t).clamp(min=MIN_ONE_MINUS_T)
+
+the denominator reaches zero
+- return ((x_pred - x) / (1 - t).clamp(min=MIN_ONE_MINUS_T)) ** 2
++ return ((x_pred - x) / (1 - t)) ** 2
+
+absolute instead of squared
+- return ((x_pred - x) / (1 - t).clamp(min=MIN_ONE_MINUS_T)) ** 2
++ return ((x_pred - x) / (1 - t).clamp(min=MIN_ONE_MINUS_T)).abs()
+""",
+    "paradigms.Flow.loss": """
+the model sees the clean image
+- x_pred = model.predict_image(prefix, x_t, t[:, 0, 0])  # (B, N, P)
++ x_pred = model.predict_image(prefix, x, t[:, 0, 0])
+
+the model is told 1 - t
+- x_pred = model.predict_image(prefix, x_t, t[:, 0, 0])  # (B, N, P)
++ x_pred = model.predict_image(prefix, x_t, 1 - t[:, 0, 0])
+
+the scale of the noise forgotten
+- x_t, t = add_noise(x, sample_times(len(x), 1, x.device), model.cfg.noise_scale)
++ x_t, t = add_noise(x, sample_times(len(x), 1, x.device), 1.0)
+
+compared with the noised image
+- return velocity_squared_error(x_pred, x, t).mean()
++ return velocity_squared_error(x_pred, x_t, t).mean()
+
+a time for each patch
+- x_t, t = add_noise(x, sample_times(len(x), 1, x.device), model.cfg.noise_scale)
++ x_t, t = add_noise(x, sample_times(len(x), x.shape[1], x.device), model.cfg.noise_scale)
+
+sum instead of mean
+- return velocity_squared_error(x_pred, x, t).mean()
++ return velocity_squared_error(x_pred, x, t).sum()
+""",
+    "recon_loss.drop_prefix": """
+kept with probability p
+- keep = torch.rand(len(prefix), 1, 1, device=prefix.device) >= p
++ keep = torch.rand(len(prefix), 1, 1, device=prefix.device) < p
+
+dropped word by word
+- keep = torch.rand(len(prefix), 1, 1, device=prefix.device) >= p
++ keep = torch.rand(len(prefix), prefix.shape[1], 1, device=prefix.device) >= p
+
+the dropped condition is zeros
+- return torch.where(keep, prefix, null_prefix(model).to(prefix.dtype))
++ return torch.where(keep, prefix, torch.zeros_like(prefix))
+
+one coin for the whole batch
+- keep = torch.rand(len(prefix), 1, 1, device=prefix.device) >= p
++ keep = torch.rand(1, 1, 1, device=prefix.device) >= p
+""",
+    "paradigms.cfg_predict": """
+the sign of guidance
+- return uncond + cfg_scale * (cond - uncond)
++ return uncond - cfg_scale * (cond - uncond)
+
+halves swapped
+- cond, uncond = predict(*doubled).chunk(2)
++ uncond, cond = predict(*doubled).chunk(2)
+
+the other convention: 1 is already guidance
+- return uncond + cfg_scale * (cond - uncond)
++ return cond + cfg_scale * (cond - uncond)
+
+guidance of 0 is the condition
+- if cfg_scale == 1:
++ if cfg_scale in (0, 1):
+
+two passes even without guidance
+-     return predict(*inputs)
++     return predict(*[torch.cat([x, x]) for x in inputs])[: len(inputs[0])]
+""",
+    "paradigms.euler_sample": """
+from image to noise
+- times = (torch.arange(steps + 1, device=x_t.device) / steps) ** TIME_POWER
++ times = (torch.arange(steps + 1, device=x_t.device) / steps).flip(0) ** TIME_POWER
+
+the noise with t and 1 - t swapped
+-     noise = (x_t - t * x_pred) / (1 - t)
++     noise = (x_t - (1 - t) * x_pred) / t.clamp(min=0.01)
+
+equal steps
+- times = (torch.arange(steps + 1, device=x_t.device) / steps) ** TIME_POWER
++ times = torch.arange(steps + 1, device=x_t.device) / steps
+
+resampled noise grows: weights that sum to one, not squares
+-         noise = (1 - eta**2) ** 0.5 * noise + eta * draw_noise()
++         noise = (1 - eta) * noise + eta * draw_noise()
+
+it begins with zeros
+- x_t = draw_noise()
++ x_t = torch.zeros_like(draw_noise())
+
+the last step left out
+- for t, t_next in zip(times[:-1], times[1:], strict=True):
++ for t, t_next in zip(times[:-2], times[1:-1], strict=True):
+
+stays at t
+-     x_t = interpolate(x_pred, noise, t_next)
++     x_t = interpolate(x_pred, noise, t)
+""",
+    "model.Connector.forward": """
+patch tokens not normalised
+- context = self.norm_in(patch_tokens)
++ context = patch_tokens
+
+probabilities instead of logits
+- return self.word_head(self.norm(x))  # (B, K, V)
++ return self.word_head(self.norm(x)).softmax(-1)
+
+the queries never attend to the image
+-     x = block(x, context=context)
++     x = block(x)
+
+only the last block counts
+-     x = block(x, context=context)
++     last = block(x, context=context)
++ x = last
+
+no last norm
+- return self.word_head(self.norm(x))  # (B, K, V)
++ return self.word_head(x)
+""",
+    "model.UnifiedModel.visual_prefix": """
+no <bos>
+- bos = self.wte.weight[BOS].expand(len(words), 1, -1)  # (B, 1, D)
++ bos = torch.zeros_like(self.wte.weight[BOS]).expand(len(words), 1, -1)
+
+<bos> last
+- return torch.cat([bos, expected.to(bos.dtype)], 1)
++ return torch.cat([expected.to(bos.dtype), bos], 1)
+
+hard words: argmax
+- expected = words @ self.wte.weight[: self.cfg.vocab_size]  # (B, K, D)
++ expected = self.wte(words.argmax(-1))
+
+softmax twice
+- expected = words @ self.wte.weight[: self.cfg.vocab_size]  # (B, K, D)
++ expected = words.softmax(-1) @ self.wte.weight[: self.cfg.vocab_size]
+
+<pad> instead of <bos>
+- bos = self.wte.weight[BOS].expand(len(words), 1, -1)  # (B, 1, D)
++ bos = self.wte.weight[0].expand(len(words), 1, -1)
+""",
+    "model.UnifiedModel.encode_visual_words": """
+the encoder learns
+-     with torch.no_grad():
++     with torch.enable_grad():
+
+nothing learns
+- return self.visual_words(features.to(images.dtype))
++ return self.visual_words(features.to(images.dtype)).detach()
+
+images not at the encoder's size
+-         images = resize_for_encoder(images, self.cfg.encoder_size)
+
+logits instead of probabilities
+- return self.visual_words(features.to(images.dtype))
++ return self.connector(features.to(images.dtype))
+""",
+    "recon_loss.recon_loss": """
+the condition learns
+- with torch.no_grad():
++ with torch.enable_grad():
+
+the condition is not used
+- return image_loss(model, prefix, images)
++ return image_loss(model, torch.zeros_like(prefix), images)
+
+nothing learns
+- return image_loss(model, prefix, images)
++ with torch.no_grad():
++     return image_loss(model, prefix, images)
+
+no condition is dropped
+- return image_loss(model, prefix, images)
++ return model.paradigm.loss(model, prefix, images)
+""",
+    "recon_loss.text_loss": """
+no shift: each word predicts itself
+- words = target[:, 1:]  # (B, T - 1), without <bos>
++ words = target[:, :-1]
+
+<pad> is predicted
+- return word_cross_entropy(logits, words)
++ return F.cross_entropy(logits.transpose(1, 2), words)
+
+<eos> is not predicted
+- return word_cross_entropy(logits, words)
++ return word_cross_entropy(logits, words.masked_fill(words == 2, PAD))
+
+<bos> read again after the prefix
+- logits = model.text_logits(prefix, words[:, :-1])  # (B, T - 1, V)
++ logits = model.text_logits(prefix, target[:, :-2])
+
+sum instead of mean
+- return word_cross_entropy(logits, words)
++ return word_cross_entropy(logits, words) * (words != PAD).sum()
+""",
 }
 
 
-def wrong_sources(b):
-    """(what is wrong, the file with that in it) for each mistake in a blank."""
+class Mistake(NamedTuple):
+    what: str
+    removed: str  # whole lines of the real body, without its indentation
+    added: str
+
+
+def mistakes(name: str) -> list[Mistake]:
+    """The paragraphs of WRONG[name]."""
+    found = []
+    for paragraph in WRONG[name].strip().split("\n\n"):
+        what, *lines = paragraph.splitlines()
+        removed = [line[2:] for line in lines if line.startswith("- ")]
+        added = [line[2:] for line in lines if line.startswith("+ ")]
+        assert len(removed) + len(added) == len(lines), f"{name}: {what}: lines begin with - or +"
+        found.append(Mistake(what, "\n".join(removed), "\n".join(added)))
+    return found
+
+
+def wrong_sources(b: Blank) -> Iterator[tuple[str, str]]:
+    """What is wrong, and the file with that in it, for each mistake in a blank."""
     source = (ROOT / b.file).read_text()
-    body = body_of(source, local(b.name))
-    for what, piece, instead in WRONG[b.name]:
-        assert piece in body, f"{b.name}: {what}: the real body has no {piece!r} any more"
-        yield what, with_body(source, local(b.name), body.replace(piece, instead))
+    indent = " " * (find(source, b.function).col_offset + 4)
+    body = textwrap.dedent(body_of(source, b.function))
+    for what, removed, added in mistakes(b.name):
+        found = f"\n{body}".count(f"\n{removed}\n")
+        assert found == 1, f"{b.name}: {what}: the real body has {found} times:\n{removed}"
+        wrong = f"\n{body}".replace(f"\n{removed}\n", f"\n{added}\n")
+        yield what, with_body(source, b.function, textwrap.indent(wrong, indent))
 
 
-def code_of(source: str, b):
+def code_of(source: str, b: Blank):
     """The code object of one function of a source file."""
-    node = find(source, local(b.name))
+    node = find(source, b.function)
     node.decorator_list = []
-    module = compile(ast.Module([node], []), b.file, "exec", flags=__future__.annotations.compiler_flag)
-    return next(c for c in module.co_consts if inspect.iscode(c) and c.co_name == node.name)
+    flags = __future__.annotations.compiler_flag
+    module = compile(ast.Module([node], []), b.file, "exec", flags=flags)
+    codes = [constant for constant in module.co_consts if inspect.iscode(constant)]
+    return next(code for code in codes if code.co_name == node.name)
+
+
+def function_of(b: Blank):
+    function = importlib.import_module(b.file.removesuffix(".py"))
+    for part in b.function.split("."):
+        function = getattr(function, part)
+    return inspect.unwrap(function)
 
 
 class Matrix:
-    """A pytest plugin: collects the tests once, then runs those of each blank with the real body and with every wrong one.
+    """A pytest plugin: runs the tests of each blank with the real body and with every wrong one.
 
-    The function's code is changed in place, so that all who imported it see it.
+    The tests are collected once. A function's code is changed in place, so that all who imported
+    it see it.
     """
 
     def __init__(self, assignment: int):
-        self.blanks, self.results = blanks_of(assignment), []
+        self.blanks = blanks_of(assignment)
+        self.results = []
 
     def pytest_runtestloop(self, session):
         for b in self.blanks:
-            function = importlib.import_module(b.file[:-3])
-            for part in local(b.name).split("."):
-                function = getattr(function, part)
-            function, right = inspect.unwrap(function), inspect.unwrap(function).__code__
-            own = [item for item in session.items if f"{item.path.name}::{item.originalname}" in b.tests]
-            own.sort(key=lambda item: item.path.name != "test_assignments_blanks.py")  # the quick ones first
-            assert {f"{item.path.name}::{item.originalname}" for item in own} == set(b.tests), f"{b.name} names a test that does not exist"
-            for what, source in [(None, (ROOT / b.file).read_text()), *wrong_sources(b)]:
-                began, function.__code__ = time.time(), code_of(source, b)
-                try:
-                    by = next((item.name for item in own if not passes(item)), None)
-                finally:
-                    function.__code__ = right
-                self.results.append({"blank": b.name, "what": what, "caught by": by, "seconds": round(time.time() - began, 2)})
+            items = [item for item in session.items if test_of(item) in b.tests]
+            # the quick ones first
+            items.sort(key=lambda item: item.path.name != "test_assignments_blanks.py")
+            missing = set(b.tests) - {test_of(item) for item in items}
+            assert not missing, f"{b.name} names tests that do not exist: {missing}"
+            right = (ROOT / b.file).read_text()
+            for what, source in [(None, right), *wrong_sources(b)]:
+                self.results.append(self.run(b, what, source, items))
         return True
+
+    def run(self, b: Blank, what: str | None, source: str, items: list) -> dict:
+        """The first test that fails with a body, or None."""
+        function = function_of(b)
+        right = function.__code__
+        began = time.time()
+        function.__code__ = code_of(source, b)
+        try:
+            caught_by = next((item.name for item in items if not passes(item)), None)
+        finally:
+            function.__code__ = right
+        seconds = round(time.time() - began, 2)
+        return {"blank": b.name, "what": what, "caught by": caught_by, "seconds": seconds}
+
+
+def test_of(item) -> str:
+    return f"{item.path.name}::{item.originalname}"
 
 
 def passes(item) -> bool:
@@ -218,15 +546,23 @@ def passes(item) -> bool:
 
 
 def check(assignment: int) -> list[dict]:
-    matrix, tests = Matrix(assignment), sorted({f"{ROOT}/tests/{test}" for b in blanks_of(assignment) for test in b.tests})
+    matrix = Matrix(assignment)
+    tests = sorted({f"{ROOT}/tests/{test}" for b in matrix.blanks for test in b.tests})
     with redirect_stdout(io.StringIO()) as out:
-        code = pytest.main(["-q", "-p", "no:cacheprovider", "-W", "ignore", *tests], plugins=[matrix])
+        options = ["-q", "-p", "no:cacheprovider", "-W", "ignore", "--rootdir", str(ROOT)]
+        code = pytest.main([*options, *tests], plugins=[matrix])
     assert code == 0 and matrix.results, out.getvalue()
     return matrix.results
 
 
-if __name__ == "__main__":
+def main() -> None:
     results = check(int(sys.argv[1]))
-    for r in results:
-        print(json.dumps(r))
-    sys.exit(any((r["caught by"] is None) != (r["what"] is None) for r in results))
+    for result in results:
+        print(json.dumps(result))
+    is_right = [result["what"] is None for result in results]
+    passed = [result["caught by"] is None for result in results]
+    sys.exit(is_right != passed)
+
+
+if __name__ == "__main__":
+    main()

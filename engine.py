@@ -1,0 +1,498 @@
+"""What train.py runs on: device and precision, processes, optimizers, and the files of a run.
+
+Nothing of RecA is here: losses are in recon_loss.py, stages and the training loop in train.py.
+Under torchrun the processes train together with DDP, with --shard with FSDP2; each draws its own
+noise, so a run resumes bit-exactly with as many processes as before.
+"""
+
+import fcntl
+import json
+import math
+import os
+import resource
+import time
+import zipfile
+from dataclasses import asdict, fields, replace
+from functools import partial
+from itertools import product
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils._pytree import tree_map
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
+
+import config
+from captioner import TextDecoder
+from config import LOCAL_RANK, LOCAL_WORLD_SIZE, RANK, WORLD_SIZE, exit_with_error, print0
+from data import make_dataset
+from encoder import ViT, ViTConfig, scratch_config
+from feature_cache import cache_features, encoder_fingerprint
+from model import ModelConfig, UnifiedModel, resize_for_encoder
+from pretrained import load_encoder
+from sample import FORMAT, read_checkpoint
+from words import SPECIALS, Vocabulary
+
+KEEP_STATES = 2  # how many of the newest states stay on disk
+BENCH_WARMUP = 5  # steps before those that --bench measures
+BENCH_STEPS = 20
+# Dense FLOP/s in 16 bits, from the makers' data sheets; longer names before their prefixes
+PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12}
+PEAK_FLOPS |= {"L4": 121e12, "RTX 4090": 165e12, "RTX 3090": 71e12, "V100": 125e12, "T4": 65e12}
+
+
+# ---------------------------------------------------------------- device and processes
+class DeviceConfig:
+    """Where the work is done and in which precision; weights and optimizers stay in float32."""
+
+    def __init__(self, cfg):
+        use_cuda = cfg.device == "cuda" or (cfg.device == "auto" and torch.cuda.is_available())
+        self.device = torch.device("cuda", LOCAL_RANK) if use_cuda else torch.device("cpu")
+        self.device_name = f"CPU, {torch.get_num_threads()} threads"
+        dtype = "float32"
+        if use_cuda:
+            torch.cuda.set_device(self.device)
+            self.device_name = torch.cuda.get_device_name(self.device)
+            dtype = "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
+        self.dtype = getattr(torch, dtype if cfg.dtype == "auto" else cfg.dtype)
+        if WORLD_SIZE > 1 and not dist.is_initialized():
+            dist.init_process_group("cpu:gloo,cuda:nccl" if use_cuda else "gloo")
+        # "high" is TF32; "medium" on a CPU is oneDNN, which with AMX rounds factors to bfloat16
+        torch.set_float32_matmul_precision("high" if use_cuda else "medium")
+        # on a CPU, attention as plain matrix products is faster
+        torch.backends.cuda.enable_flash_sdp(use_cuda)
+        is_wanted = cfg.compile == "on" or (cfg.compile == "auto" and use_cuda)
+        self.compile = is_wanted and can_compile(self.device)
+        self.peak_flops = next((x for n, x in PEAK_FLOPS.items() if n in self.device_name), None)
+
+    def autocast(self):
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    def scaler(self):
+        return torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+
+    def peak_gigabytes(self) -> float:
+        """The most memory in use so far: of the GPU, or of this process."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated() / 2**30
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def can_compile(device: torch.device) -> bool:
+    """Tries torch.compile on two numbers: it needs a C++ compiler, or Triton on a GPU."""
+    try:
+        torch.compile(lambda x: (x + 1).cos())(torch.ones(2, device=device))
+        return True
+    except Exception as error:  # the backend raises nearly anything
+        print0(f"torch.compile does not work here ({first_line(error)}): on without it")
+        return False
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:90]
+
+
+def all_reduce(x: torch.Tensor, op=dist.ReduceOp.SUM) -> torch.Tensor:
+    if WORLD_SIZE > 1:
+        dist.all_reduce(x, op)
+    return x
+
+
+def all_gather(x: torch.Tensor) -> list[torch.Tensor]:
+    """The x of each process, by rank."""
+    gathered = [x.clone() for _ in range(WORLD_SIZE)]
+    if WORLD_SIZE > 1:
+        dist.all_gather(gathered, x)
+    return gathered
+
+
+def gather_full(tree):
+    """A tree of tensors; those sharded over the processes are put together."""
+    return tree_map(lambda x: x.full_tensor() if isinstance(x, DTensor) else x, tree)
+
+
+def shard_like(value, other):
+    """A full tensor, sharded over the processes if `other` is."""
+    if not isinstance(other, DTensor):
+        return value
+    return distribute_tensor(value.to(other.device), other.device_mesh, other.placements)
+
+
+def wrap_model(loss_module: nn.Module, device_config: DeviceConfig, shard: bool) -> nn.Module:
+    """torch.compile (shapes are static: one graph a stage), and DDP or FSDP2."""
+    if shard:
+        for block in loss_module.parts["model"].blocks:
+            fully_shard(block)
+            if device_config.compile:
+                block.compile(dynamic=False)
+        small = nn.ModuleList([loss_module.parts["encoder"], loss_module.parts["text_decoder"]])
+        return fully_shard(loss_module, ignored_params=set(small.parameters()))
+    if device_config.compile:
+        loss_module.compile(dynamic=False)
+    if WORLD_SIZE == 1:
+        return loss_module
+    return nn.parallel.DistributedDataParallel(loss_module, static_graph=True)
+
+
+def make_optimizers(named_parameters) -> list[torch.optim.Optimizer]:
+    """Muon (arXiv 2502.16982) for the matrices of blocks and tokenizer, AdamW for the rest."""
+    matrices, rest = [], []
+    for name, p in named_parameters:
+        is_matrix = p.ndim == 2 and ("blocks." in name or "tokenizer." in name)
+        if p.requires_grad:
+            (matrices if is_matrix else rest).append(p)
+    optimizers = [torch.optim.AdamW(rest, betas=(0.9, 0.95), weight_decay=0, fused=True)]
+    if matrices:
+        optimizers += [torch.optim.Muon(matrices, weight_decay=0, adjust_lr_fn="match_rms_adamw")]
+    return optimizers
+
+
+def micro_batch(batch: dict, i: int, n: int) -> dict:
+    """Part i of n of each tensor (B, ...) of a batch: (B / n, ...)."""
+    return tree_map(lambda x: x.chunk(n)[i], batch)
+
+
+def count_flops(loss_module, batch: dict, device_config: DeviceConfig, n: int) -> tuple[int, int]:
+    """FLOPs (a multiply-add is 2) and transformer tokens of a step of n micro-batches."""
+    tokens = []
+
+    def count_tokens(block, inputs, output):
+        tokens.append(output.shape[0] * output.shape[1])
+
+    hook = loss_module.parts["model"].blocks[0].register_forward_hook(count_tokens)
+    with FlopCounterMode(display=False) as counter, device_config.autocast():
+        loss, _ = loss_module(micro_batch(batch, 0, n))
+        loss.backward()
+    hook.remove()
+    loss_module.zero_grad()
+    return n * counter.get_total_flops(), n * sum(tokens)
+
+
+class Interrupt:
+    """SIGINT and SIGTERM stop training after the step; a second one, or outside of it, at once."""
+
+    asked = 0
+    training = False
+
+    def __call__(self, number, frame):
+        if not self.training or (self.asked and WORLD_SIZE == 1):  # torchrun sends each twice
+            raise SystemExit(128 + number)
+        self.asked = number
+
+    def agreed(self) -> int:
+        """The signal that any process has got, else 0: all stop after the same step."""
+        return int(all_reduce(torch.tensor(self.asked), dist.ReduceOp.MAX))
+
+
+# ---------------------------------------------------------------- the state of a run
+class TrainState:
+    """Encoder, its throw-away text decoder and model, and how they are saved and loaded."""
+
+    def __init__(self, cfg, device_config, model_class=UnifiedModel, vocabulary=None, encoder=None):
+        self.cfg = cfg
+        self.device_config = device_config
+        self.out = Path(cfg.out_dir)
+        self.average: dict[str, torch.Tensor] = {}  # EMA of what is trained in the model
+        self.seconds: dict[str, float] = {}  # by stage
+        automatic = 0 if cfg.dataset == "shapes" else os.cpu_count()
+        self.workers = automatic if cfg.workers < 0 else cfg.workers
+
+        # all processes start from the same weights
+        torch.manual_seed(cfg.seed)
+        self.vocabulary = vocabulary
+        self.vocabulary = vocabulary or self.dataset("pretrain").vocabulary
+        self.is_public = cfg.encoder not in ("scratch", "random")  # frozen, never saved
+        if encoder is None and self.is_public:
+            encoder = load_encoder(cfg.encoder)
+        self.encoder = encoder or ViT(scratch_config(cfg.image_size, cfg.patch_size))
+        width = self.encoder.cfg.width
+        sizes = {f.name: getattr(cfg, f.name) for f in fields(ModelConfig) if hasattr(cfg, f.name)}
+        sizes |= {"vocab_size": len(self.vocabulary), "encoder_width": width}
+        sizes |= {"eta": float(cfg.dataset == "shapes")}  # flat shapes: resample the noise
+        self.model = model_class(ModelConfig(**sizes))
+        text_decoder = TextDecoder(len(self.vocabulary), cfg.text_len, 128, width)
+        parts = {"encoder": self.encoder, "text_decoder": text_decoder, "model": self.model}
+        self.parts = nn.ModuleDict(parts).to(device_config.device)
+
+        # an image size that the encoder cannot read is an error now, not when align begins
+        self.encode(torch.zeros(1, 3, cfg.image_size, cfg.image_size))
+        if cfg.checkpoint_activations:
+            options = {"use_reentrant": False, "preserve_rng_state": False}
+            for block in self.model.blocks:
+                block.forward = partial(checkpoint, block.forward, **options)
+
+    @torch.no_grad()
+    def encode(self, images: torch.Tensor) -> torch.Tensor:
+        """Images (B, 3, H, W) -> patch tokens of the encoder (B, tokens, D_enc)."""
+        images = resize_for_encoder(images.to(self.device_config.device), self.cfg.encoder_size)
+        with self.device_config.autocast():
+            return self.encoder(images).patch_tokens
+
+    def dataset(self, split: str, cached: bool = False):
+        """A split; cached: with the encoder's features, which a machine's processes share."""
+        cfg = self.cfg
+        sizes = (cfg.image_size, cfg.seed, self.vocabulary, cfg.text_len)
+        dataset = make_dataset(cfg.dataset, split, cfg.data_dir, *sizes, cfg.cache_dir)
+        if not cached:
+            return dataset
+        fingerprint = encoder_fingerprint(self.encoder, cfg.encoder_size, self.device_config.dtype)
+        options = (cfg.cache_dir, self.workers, LOCAL_RANK, LOCAL_WORLD_SIZE)
+        return cache_features(dataset, self.encode, fingerprint, *options)
+
+    def checkpoint(self, stage: str, step: int) -> dict:
+        """What sample.py, evaluate.py and a later stage read; --shard: in all processes."""
+        model = gather_full(self.model.state_dict())
+        ema = model | gather_full(self.average) if self.average else None
+        encoder = {"name": self.cfg.encoder, "config": None, "state": None}
+        if not self.is_public:
+            encoder |= {"config": asdict(self.encoder.cfg), "state": self.encoder.state_dict()}
+        saved = {"format": FORMAT, "stage": stage, "step": step, "config": asdict(self.cfg)}
+        saved |= {"model_class": type(self.model).__name__, "model_config": asdict(self.model.cfg)}
+        saved |= {"model": model, "ema": ema, "encoder": encoder}
+        return saved | {"vocabulary": self.vocabulary.words}
+
+    def load_checkpoint(self, path, starts_from: str = "") -> None:
+        """Starts from the weights of a checkpoint of stage `starts_from`, or of a later one."""
+        saved = read_checkpoint(path)
+        try:
+            theirs = saved["model_config"] | {"encoder": saved["encoder"]["name"]}
+            ours = asdict(self.model.cfg) | {"encoder": self.cfg.encoder}
+            differ = []
+            for name, value in ours.items():
+                if theirs.get(name) != value and name not in ("repeats_per_image", "eta"):
+                    differ.append(f"{name} is {theirs.get(name)} there and {value} here")
+            if saved["vocabulary"] != self.vocabulary.words:
+                differ.append("it was trained on other words")
+            if differ:
+                text = "; ".join(differ)
+                exit_with_error(f"the checkpoint {path} is of another configuration: {text}")
+            order = ["", *config.STAGE_NAMES]
+            if order.index(saved["stage"]) < order.index(starts_from):
+                text = f"--stage {self.cfg.stage} starts from {starts_from}: train that stage first"
+                exit_with_error(f"the checkpoint {path} is of stage {saved['stage']}, and {text}")
+            weights = saved["ema"] or saved["model"]
+            if saved["model_class"] != type(self.model).__name__:
+                weights = self.model.state_dict() | weights  # what a subclass adds starts anew
+            self.model.load_state_dict(weights)
+            if saved["encoder"]["state"]:
+                self.encoder.load_state_dict(saved["encoder"]["state"])
+        except (KeyError, TypeError, RuntimeError) as error:
+            text = " ".join(str(error).split())[:120]
+            exit_with_error(f"the checkpoint {path} does not fit this code ({text}): train again")
+
+    def save_state(self, stage: str, step: int, optimizers, scaler, history: list) -> None:
+        """All that --resume needs to go on bit-exactly; a batch depends on seed and step alone."""
+        state = self.checkpoint(stage, step)
+        parts = self.parts.state_dict()
+        if self.is_public:
+            parts = {name: x for name, x in parts.items() if not name.startswith("encoder.")}
+        state |= {"parts": gather_full(parts), "average": gather_full(self.average)}
+        state["optimizers"] = [gather_full(optimizer.state_dict()) for optimizer in optimizers]
+        state |= {"scaler": scaler.state_dict(), "history": history, "seconds": self.seconds}
+        # the noise of each process
+        state["rng"] = {"cpu": all_gather(torch.get_rng_state()), "cuda": []}
+        if self.device_config.device.type == "cuda":
+            state["rng"]["cuda"] = all_gather(torch.cuda.get_rng_state())
+        save(state, self.out / f"state-{config.STAGE_NAMES.index(stage)}-{stage}-{step:07}.pt")
+        if RANK == 0:
+            for old in find_states(self.out)[KEEP_STATES:]:
+                old.unlink()
+
+    def restore(self, saved: dict, optimizers, scaler) -> list[torch.Tensor]:
+        """All but the weights of a state. Returns the values of the steps since the last log."""
+        for name, value in saved["average"].items():
+            self.average[name].copy_(shard_like(value, self.average[name]))
+        for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            for i, moments in state["state"].items():
+                for key, value in moments.items():
+                    if value.shape == parameters[i].shape:
+                        moments[key] = shard_like(value, parameters[i])
+            optimizer.load_state_dict(state)
+        if saved["scaler"]:  # empty unless the run was in float16
+            scaler.load_state_dict(saved["scaler"])
+        # a process that the state knows nothing of keeps the generator that its stage seeded
+        if len(saved["rng"]["cpu"]) > RANK:
+            torch.set_rng_state(saved["rng"]["cpu"][RANK])
+        if len(saved["rng"]["cuda"]) > RANK and self.device_config.device.type == "cuda":
+            torch.cuda.set_rng_state(saved["rng"]["cuda"][RANK])
+        return saved["history"]
+
+    def log(self, stage, step, steps, means: dict, lr, rate, flops, tokens) -> None:
+        """A line on the screen and in log.jsonl. rate: steps a second; flops, tokens: of a step."""
+        images = rate * self.cfg.batch_size
+        tokens = rate * tokens * WORLD_SIZE
+        memory = self.device_config.peak_gigabytes()
+        peak = self.device_config.peak_flops
+        mfu = rate * flops / peak if peak else None
+        terms = " ".join(f"{term} {x:.4f}" for term, x in means.items() if term != "grad_norm")
+        line = f"{stage:8} {step:{len(str(steps))}}/{steps} | {terms} | lr {lr:.1e}"
+        line += f" | gnorm {means['grad_norm']:.2f} | {images:.0f} img/s {tokens / 1000:.1f}k tok/s"
+        line += f" MFU {mfu:.1%}" if mfu else ""
+        print0(f"{line} | {memory:.1f} GB")
+        entry = {"stage": stage, "step": step, **means, "lr": lr, "images_per_second": images}
+        entry |= {"tokens_per_second": tokens, "mfu": mfu, "gigabytes": memory}
+        if RANK == 0:
+            with open(self.out / "log.jsonl", "a") as file:
+                file.write(json.dumps(entry) + "\n")
+
+    def reduce_history(self, stage: str, step: int, names: list[str], history: list) -> list:
+        """The values of the steps up to `step`, averaged over the processes, on the CPU.
+
+        A non-finite one ends the run, but not a gradient in float16, whose step the scaler skips.
+        """
+        rows = torch.stack([row.to(self.device_config.device) for row in history])
+        rows = (all_reduce(rows) / WORLD_SIZE).cpu()
+        is_float16 = self.device_config.dtype == torch.float16
+        for at, row in enumerate(rows.tolist(), step - len(rows) + 1):
+            wrong = [f"{n} is {x}" for n, x in zip(names, row, strict=True) if not math.isfinite(x)]
+            if wrong and not (is_float16 and wrong[0].startswith("grad_norm")):
+                text = f"{', '.join(wrong)} at step {at} of stage {stage}"
+                state = [*find_states(self.out), "the start"][0]
+                rate = "reca_lr" if stage == "sft" else f"{stage}_lr"
+                command = f"--resume --out_dir {self.out} --{rate} {getattr(self.cfg, rate) / 2:g}"
+                exit_with_error(f"{text}; the last good state is {state}: go on with {command}")
+        return list(rows)
+
+
+# ---------------------------------------------------------------- the files of a run
+def save(state: dict, path: Path) -> None:
+    """Saves in the first process, the others wait. Atomic: the file is the old one or the new."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        if RANK == 0:
+            with open(temporary, "wb") as file:
+                torch.save(state, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:
+        temporary.unlink(missing_ok=True)
+        text = f"{path} could not be written ({first_line(error.__context__ or error)})"
+        exit_with_error(f"{text}: free some space, and go on from the last state with --resume")
+    if WORLD_SIZE > 1:
+        dist.barrier()
+
+
+def find_states(out: Path) -> list[Path]:
+    """The states of a run, the newest first: their names are in the order of stages and steps."""
+    return sorted(out.glob("state-*.pt"), reverse=True)
+
+
+def read_state(out: Path) -> dict | None:
+    """The newest undamaged state of a run; None if there is none."""
+    for path in find_states(out):
+        try:
+            with zipfile.ZipFile(path) as file:
+                broken = file.testzip()  # torch.load does not look at the checksums
+            if broken:
+                raise ValueError(f"checksum of {broken}")
+            return torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # a damaged file can raise nearly anything
+            print0(f"{path} is damaged ({type(error).__name__}), taking the one before it")
+    return None
+
+
+def lock_run_dir(out: Path):
+    """Locks OUT/run.json until this process ends. Returns the open file, and what it says."""
+    file = open(out / "run.json", "a+")  # noqa: SIM115
+    try:
+        if RANK == 0:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        file.seek(0)
+        return file, json.load(file)
+    except OSError:
+        exit_with_error(f"another run is at work in {out}: wait for it, or give another --out_dir")
+    except ValueError:  # new, or stopped while it was written
+        return file, {}
+
+
+def write_run_json(file, cfg, finished: bool) -> None:
+    if RANK == 0:
+        file.truncate(0)
+        file.write(json.dumps({"finished": finished, "config": asdict(cfg)}))
+        file.flush()
+
+
+def clean_run_dir(out: Path, stages: list[str], saved: dict | None) -> None:
+    """Removes what a run of `stages` writes again, from the state `saved` on."""
+    for path in [*out.glob("*.pt.tmp"), *([] if saved else find_states(out))]:
+        path.unlink()
+    log = out / "log.jsonl"
+    last = saved["step"] if saved else 0
+    kept = []
+    for line in log.read_text().splitlines() if log.exists() else []:
+        if line.endswith("}"):  # else cut by a kill
+            entry = json.loads(line)
+            is_before = entry["stage"] == stages[0] and entry["step"] <= last
+            if is_before or entry["stage"] not in stages:
+                kept.append(line + "\n")
+    log.with_suffix(".tmp").write_text("".join(kept))
+    os.replace(log.with_suffix(".tmp"), log)
+
+
+# ---------------------------------------------------------------- --bench
+def bench(cfg, model_class, make_loss_module) -> None:
+    """Prints the speed of RecA's step as JSON, and OUT/bench.json: each precision, eager, compiled.
+
+    make_loss_module(state): RecA's loss, with all frozen that it does not train.
+    """
+    known = {}
+    if cfg.dataset != "shapes":  # needs no files: CLIP-B/16's sizes without its weights, any words
+        words = SPECIALS + [str(i) for i in range(2000)]
+        known = {"encoder": ViT(ViTConfig()), "vocabulary": Vocabulary(words)}
+    rows = []
+    for dtype, compile in product(["float32", "bfloat16"], ["off", "on"]):
+        device_config = DeviceConfig(replace(cfg, dtype=dtype, compile=compile))
+        is_possible = device_config.compile == (compile == "on")
+        if is_possible and (compile == "off" or cfg.compile != "off"):
+            state = TrainState(cfg, device_config, model_class, **known)
+            speed = measure_step(state, make_loss_module(state))
+            rows.append({"dtype": dtype, "compiled": device_config.compile} | speed)
+    result = {"device": device_config.device_name, "torch": torch.__version__, "rows": rows}
+    parameters = sum(p.numel() for p in state.model.parameters())
+    text = json.dumps(result | {"parameters": parameters, "settings": asdict(cfg)}, indent=1)
+    (state.out / "bench.json").write_text(text)
+    print(text)
+
+
+def measure_step(state: TrainState, loss_module: nn.Module) -> dict[str, float]:
+    """Speed and memory of a step, without loading data."""
+    cfg = state.cfg
+    device_config = state.device_config
+    is_cuda = device_config.device.type == "cuda"
+    n = cfg.grad_accum_steps
+    optimizers = make_optimizers(state.parts.named_parameters())
+    images = torch.rand(cfg.batch_size, 3, cfg.image_size, cfg.image_size)
+    batch = {"main": {"image": images.to(device_config.device)}}
+    flops, tokens = count_flops(loss_module, batch, device_config, n)
+    loss_module = wrap_model(loss_module, device_config, shard=False)
+
+    def seconds(steps: int) -> float:
+        start = time.time()
+        for _ in range(steps):
+            for i in range(n):
+                with device_config.autocast():
+                    loss, _ = loss_module(micro_batch(batch, i, n))
+                (loss / n).backward()
+            nn.utils.clip_grad_norm_(state.parts.parameters(), 1.0)
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+        if is_cuda:
+            torch.cuda.synchronize()
+        return time.time() - start
+
+    seconds(BENCH_WARMUP)
+    if is_cuda:
+        torch.cuda.reset_peak_memory_stats()
+    rate = BENCH_STEPS / seconds(BENCH_STEPS)
+    peak = device_config.peak_flops
+    speed = {"steps_per_second": rate, "images_per_second": rate * cfg.batch_size}
+    speed |= {"tokens_per_second": rate * tokens, "teraflops_per_second": rate * flops / 1e12}
+    mfu = rate * flops / peak if peak else None
+    return speed | {"mfu": mfu, "gigabytes": device_config.peak_gigabytes()}

@@ -1,0 +1,411 @@
+"""The experiments of RESULTS.md: runs of train.py (see variants.py), scores, tables and pictures.
+
+    python experiments.py controls --seeds 0 1 2 --n 64    # assets/controls.md and .png
+    python experiments.py plot                             # assets/bars.svg and ablations.svg
+    python experiments.py train --variant features --stage reca --init_from out/pretrain.pt
+
+An experiment trains what is not there yet, goes on where it was stopped, scores and draws.
+"""
+
+import argparse
+import json
+import random
+import re
+import shlex
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+import evaluate
+import figures
+import shapes
+import train
+from evaluate import CATEGORIES, DISTANCES, TITLES, accuracy_with_ci, compare
+from recon_loss import image_loss
+from sample import load_checkpoint
+from shapes import COLORS, GRID, NUMBERS, PLURALS, SHAPES, USUAL_COLOR, Scene, SceneObject
+from variants import ABLATIONS, RUNS, SAME
+
+ASSETS = Path("assets")
+T95 = [12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262]  # Student's t, by seeds
+
+
+# ---------------------------------------------------------------- what single experiments measure
+def color_test(loaded, count: int, seed: int):
+    """The paper's figure 3: `count` single objects of each shape and color, shape by shape.
+
+    Returns the objects, whether a caption of each names its color, whether an image that is asked
+    for by name is right, and these images (B, 3, H, W).
+    """
+    rng = random.Random(f"combinations {seed}")
+    kinds = product(range(len(SHAPES)), range(len(COLORS)), range(count))
+    objects = [SceneObject(shape, color, rng.randrange(GRID * GRID)) for shape, color, _ in kinds]
+    scenes = [Scene("single", (item,), rng.randrange(2)) for item in objects]
+    prompts = [shapes.describe(scene, rng, 1, 0, 0) for scene in scenes]
+    pairs = zip(objects, evaluate.caption_scenes(loaded, scenes), strict=True)
+    recognized = [COLORS[item.color] in caption.split() for item, caption in pairs]
+    images, drawn = evaluate.generate_and_check(loaded, prompts, seed)
+    return objects, recognized, drawn, images
+
+
+def unusual_color_accuracy(loaded, n: int, seed: int) -> dict:
+    """n / 12 objects of each shape and color: recognized in an image, drawn when asked for.
+
+    The share of those in an unusual color, and of each by itself ("drawn green star").
+    """
+    count = max(1, n // 12)
+    objects, recognized, drawn, _ = color_test(loaded, count, seed)
+    metrics = {}
+    for name, correct in {"recognized": recognized, "drawn": drawn}.items():
+        pairs = zip(objects, correct, strict=True)
+        unusual = [right for item, right in pairs if item.color != USUAL_COLOR[item.shape]]
+        metrics[name] = accuracy_with_ci(unusual)
+        for i in range(0, len(objects), count):
+            kind = f"{COLORS[objects[i].color]} {SHAPES[objects[i].shape]}"
+            metrics[f"{name} {kind}"] = accuracy_with_ci(correct[i : i + count])
+    return evaluate.to_results(metrics)
+
+
+def counting_accuracy(loaded, n: int, seed: int) -> dict:
+    """Groups of two, three and four: drawn when asked for, and counted right in captions."""
+    rng = random.Random(f"counts {seed}")
+    metrics = {}
+    for number in (2, 3, 4):
+        prompts = [f"{NUMBERS[number - 1]} {PLURALS[i % len(PLURALS)]}" for i in range(n)]
+        _, drawn = evaluate.generate_and_check(loaded, prompts, seed)
+        metrics[f"drawn_{number}"] = accuracy_with_ci(drawn)
+        scenes = []
+        while len(scenes) < n:
+            scene = shapes.random_scene(rng, biased=False, kind="group")
+            if len(scene.objects) == number:
+                scenes.append(scene)
+        parsed = map(shapes.parse_caption, evaluate.caption_scenes(loaded, scenes))
+        attributes = map(evaluate.correct_attributes, parsed, scenes)
+        metrics[f"counted_{number}"] = accuracy_with_ci([right["count"] for right in attributes])
+    return evaluate.to_results(metrics)
+
+
+@torch.no_grad()
+def shuffled_condition_loss(loaded, n: int, seed: int) -> dict:
+    """The recon loss of n held-out scenes behind their own visual words, and behind another's."""
+    model = loaded.model
+    test = shapes.Shapes("test", model.cfg.image_size)
+    images = test.__getitems__([(0, i) for i in range(n)])["image"].to(model.device)
+    prefix = model.recon_prefix(loaded.encoder, images)  # (B, T, D)
+    losses = {}
+    for name, condition in {"own_words": prefix, "shuffled_words": prefix.roll(1, 0)}.items():
+        torch.manual_seed(seed)  # the same noise for both
+        losses[name] = image_loss(model, condition, images).item()
+    return losses
+
+
+def compare_unusual_colors(checkpoints: list, titles: list[str], path, seed: int = 0) -> None:
+    """A picture of each shape in each color, as each checkpoint generates it."""
+    tests = [color_test(loaded, 1, seed) for loaded in checkpoints]
+    rows = evaluate.split_rows([images for _, _, _, images in tests], len(COLORS))
+    marks = evaluate.split_rows([drawn for _, _, drawn, _ in tests], len(COLORS))
+    note = f"Framed: the usual color. Tick: exactly the one object asked for. Seed {seed}."
+    options = dict(heads=COLORS, framed=USUAL_COLOR, correct=marks)
+    figures.image_grid(rows, PLURALS, titles, 2, note, **options).save(path)
+
+
+# ---------------------------------------------------------------- the experiments
+class Experiment(NamedTuple):
+    rows: str  # runs, or run/checkpoint; a run of all stages has three rows
+    columns: list[str]
+    measure: Callable = evaluate.evaluate  # (loaded, n, seed) -> {column: value}
+    picture: Callable | None = compare  # (checkpoints, titles, path, seed)
+
+
+RECALL = ["object_recall", "object_recall_in_place"]
+SCORES = [*CATEGORIES, "overall", "dense", "edit", *RECALL, "understanding"]
+ALL_SCORES = [*SCORES, "reconstruction"]
+COPY_SCORES = ["recon_loss", "overall", "color", "attribute", "dense", *RECALL, "psnr"]
+PHOTO_SCORES = ["psnr", *DISTANCES]
+COUNTS = [f"{what}_{number}" for what in ("drawn", "counted") for number in (2, 3, 4)]
+COUNT_PROMPTS = [f"{number} {plural}" for plural in PLURALS[:2] for number in NUMBERS[1:]]
+BASE_RECA = "main/pretrain main/reca"
+SIDE_BY_SIDE = evaluate.compare_reconstructions
+EXPERIMENTS = {
+    "main": Experiment("main", ALL_SCORES),
+    "broccoli": Experiment(
+        BASE_RECA, ["recognized", "drawn"], unusual_color_accuracy, compare_unusual_colors
+    ),
+    "reconstruction": Experiment("main", [*RECALL, "reconstruction", "psnr"], picture=SIDE_BY_SIDE),
+    "shuffle": Experiment(
+        BASE_RECA, ["own_words", "shuffled_words"], shuffled_condition_loss, SIDE_BY_SIDE
+    ),
+    "copy": Experiment(f"{BASE_RECA} features pixels", COPY_SCORES),
+    "controls": Experiment("main own_captions dense_captions reca_sft sft_reca reca_reca", SCORES),
+    "ablations": Experiment(f"main/reca {' '.join(ABLATIONS)}", SCORES, picture=None),
+    "paradigms": Experiment("main ar mask mar", ALL_SCORES),
+    "noise": Experiment("main noise_3", ALL_SCORES),
+    "counting": Experiment(
+        "main", COUNTS, counting_accuracy, partial(compare, prompts=COUNT_PROMPTS)
+    ),
+    "encoder": Experiment(
+        f"{BASE_RECA} random/pretrain random/reca clip/pretrain clip/reca", SCORES
+    ),
+    "photographs": Experiment("photographs", PHOTO_SCORES),
+    "connector": Experiment("photographs/reca train_connector", PHOTO_SCORES),
+}
+
+
+def expand_rows(names: list[str]) -> dict[str, str]:
+    """Rows of an experiment -> {title: run/checkpoint}."""
+    rows = {}
+    for name in names:
+        run, _, checkpoint = name.partition("/")
+        stage = checkpoint or RUNS[run].options.get("stage")
+        for found in [stage] if stage else TITLES:
+            title = f"{TITLES[found]}, {run}".removesuffix(", main").removesuffix(", photographs")
+            rows[RUNS[run].title or title] = f"{run}/{found}"
+    return rows
+
+
+def train_if_missing(name: str, seed: int, args) -> Path:
+    """The folder of a run; trains what is not there yet, going on where it was stopped.
+
+    What it starts from comes first. Ends with train.py's exit code where that is not 0.
+    """
+    run = RUNS[name]
+    folder = Path(args.out_dir) / f"s{seed}" / name
+    if (folder / "results.json").exists():
+        return folder
+    command = [sys.executable, str(Path(__file__).with_name("train.py"))]
+    if run.variant != RUNS["main"].variant:
+        command = [sys.executable, __file__, "train", "--variant", name]
+    command += ["--out_dir", str(folder)]
+    options = dict(run.options)
+    if run.parent:
+        parent, checkpoint = run.parent.split("/")
+        options["init_from"] = train_if_missing(parent, seed, args) / f"{checkpoint}.pt"
+    given = {"encoder": args.encoder or "clip-b16", "data_dir": args.data_dir}
+    if (folder / "run.json").exists():
+        command.append("--resume")
+    else:
+        command += ["--seed", str(seed), "--eval_n", str(args.n), *shlex.split(args.train)]
+        for option, value in options.items():
+            value = given[option] if value == SAME else value
+            command += [f"--{option}"] if value is True else [f"--{option}", str(value)]
+    print(shlex.join(command), flush=True)
+    process = subprocess.Popen(command)
+    try:
+        code = process.wait()
+    except KeyboardInterrupt:  # train.py has got the signal too, and saves its state first
+        code = process.wait()
+    if code:
+        raise SystemExit(code)
+    return folder
+
+
+def load(row: str, seed: int, args):
+    """The checkpoint of a row."""
+    name, checkpoint = row.split("/")
+    path = train_if_missing(name, seed, args) / f"{checkpoint}.pt"
+    return load_checkpoint(path, args.device, RUNS[name].model_class)
+
+
+def read_scores(row: str, seed: int, measure: Callable, args) -> dict:
+    """The scores of a row: of results.json if they are of as many cases, else measured and kept."""
+    name, checkpoint = row.split("/")
+    folder = train_if_missing(name, seed, args)
+    scores = json.loads((folder / "results.json").read_text()).get(checkpoint, {})
+    if measure is not evaluate.evaluate or scores.get("cases", {}).get("psnr") != args.n:
+        kept = folder / f"{measure.__name__}_{checkpoint}_{args.n}.json"
+        trained = (folder / f"{checkpoint}.pt").stat().st_mtime
+        if not kept.exists() or kept.stat().st_mtime < trained:
+            kept.write_text(json.dumps(measure(load(row, seed, args), args.n, seed)))
+        scores = json.loads(kept.read_text())
+    log = folder / "log.jsonl"
+    for line in log.read_text().splitlines() if log.exists() else []:
+        entry = json.loads(line)
+        if entry["stage"] == checkpoint and "recon" in entry:
+            scores["recon_loss"] = entry["recon"]  # the last one stays
+    return scores
+
+
+def run_experiment(name: str, args) -> None:
+    """Trains and scores what is missing, then writes assets/NAME.md and a picture."""
+    names, columns, measure, picture = EXPERIMENTS[name]
+    names = [row for row in names.split() if args.encoder or not row.startswith("clip/")]
+    known = list(dict.fromkeys(row.split("/")[0] for row in names))
+    chosen = args.runs.split() or known
+    unknown = set(chosen) - set(known)
+    if unknown:
+        raise ValueError(f"--runs: {name} has no run {min(unknown)}, it has {' '.join(known)}")
+    rows = expand_rows([row for row in names if row.split("/")[0] in chosen])
+    scores = {title: [] for title in rows}
+    for seed in args.seeds:
+        for title, row in rows.items():
+            scores[title].append(read_scores(row, seed, measure, args))
+
+    command = f"python experiments.py {name} --seeds {' '.join(map(str, args.seeds))} --n {args.n}"
+    for option in ("runs", "train", "encoder", "data_dir"):
+        if getattr(args, option):
+            command += f" --{option}={shlex.quote(getattr(args, option))}"
+    text = f"`{command}`\n\n{markdown_table(scores, columns)}"
+    if name == "broccoli":
+        text += color_table(scores)
+    ASSETS.mkdir(exist_ok=True)
+    (ASSETS / f"{name}.md").write_text(text)
+    print(text)
+    if picture:
+        checkpoints = [load(row, args.seeds[0], args) for row in rows.values()]
+        picture(checkpoints, list(rows), ASSETS / f"{name}.png", args.seeds[0])
+
+
+# ---------------------------------------------------------------- tables and plots
+def markdown_table(rows: dict[str, list[dict]], columns: list[str]) -> str:
+    """{title: scores by seed} -> means over seeds and, in brackets, differences to the base.
+
+    The base is the last row before that is called so, or the first. Where there is SFT too, RecA
+    gets a second line, its difference to that.
+    """
+    lines = []
+    base = []
+    for title, runs in rows.items():
+        base = [] if title.startswith("base") else base
+        cells = []
+        for column in columns:
+            values = [run[column] for run in runs if column in run]
+            mean = f"{statistics.mean(values):.3f}" if values else ""
+            gain = paired_difference(runs, base, column)
+            cells.append(f"{mean} ({gain})" if gain else mean)
+        lines.append([title, *cells])
+        control = title.replace("RecA", "SFT")
+        if control != title and control in rows:
+            gains = [paired_difference(runs, rows[control], column) for column in columns]
+            lines.append([f"{title} - {control}", *gains])
+        base = base or runs
+    legend = "In brackets: the difference to the base, or to the first row. "
+    legend += "n.s.: not significant (95% CI includes 0)."
+    return f"{pipe_table(['', *columns], lines)}\n{legend}\n"
+
+
+def paired_difference(runs: list[dict], others: list[dict], column: str) -> str:
+    """The mean difference with its 95% t-interval over seeds; nothing where scores are missing."""
+    pairs = zip(runs, others, strict=False)
+    gains = [a[column] - b[column] for a, b in pairs if column in a and column in b]
+    if not gains:
+        return ""
+    mean = statistics.mean(gains)
+    if len(gains) == 1:
+        return f"{mean:+.3f}"
+    half = T95[len(gains) - 2] * statistics.stdev(gains) / len(gains) ** 0.5
+    return f"{mean:+.3f} ± {half:.3f}" + (", n.s." if half >= abs(mean) else "")
+
+
+def pipe_table(head: list[str], lines: list[list[str]]) -> str:
+    rows = [head, ["---"] * len(head), *lines]
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+def color_table(rows: dict[str, list[dict]]) -> str:
+    """Percent of each shape and color: recognized and drawn by the first row, drawn by the last."""
+    first, *_, last = rows
+    cases = [("recognized", rows[first]), ("drawn", rows[first]), ("drawn", rows[last])]
+    lines = []
+    for shape, usual in zip(SHAPES, USUAL_COLOR, strict=True):
+        cells = []
+        for color in COLORS:
+            percents = []
+            for how, runs in cases:
+                shares = [run[f"{how} {color} {shape}"] for run in runs]
+                percents.append(f"{100 * statistics.mean(shares):.0f}")
+            cells.append(" / ".join(percents))
+        cells[usual] = f"({cells[usual]})"
+        lines.append([shape, *cells])
+    what = f"Percent recognized by {first} / drawn by {first} / drawn by {last}"
+    return f"\n{what}; the usual color in brackets:\n\n" + pipe_table(["", *COLORS], lines)
+
+
+def read_table(name: str) -> dict[tuple[str, str], list[float]]:
+    """assets/NAME.md -> {(title, column): [mean, difference to the base, half its interval]}."""
+    lines = (ASSETS / f"{name}.md").read_text().splitlines()
+    head, _, *rows = [line.split("|")[1:-1] for line in lines if line.startswith("|")]
+    numbers = {}
+    for title, *cells in rows:
+        for column, cell in zip(head[1:], cells, strict=True):
+            found = re.findall(r"[-+]?\d+\.\d+", cell)
+            numbers[title.strip(), column.strip()] = [float(x) for x in found]
+    return numbers
+
+
+def plot() -> None:
+    """Draws assets/main.md as assets/bars.svg, and assets/ablations.md as assets/ablations.svg."""
+    numbers = read_table("main")
+    columns = [*CATEGORIES, "overall", "dense", "edit", "understanding"]
+    series = {}
+    for title in TITLES.values():
+        cells = [numbers[title, column] for column in columns]
+        series[title] = [(cell[0], cell[2] if len(cell) > 2 else None) for cell in cells]
+    title = "Share of cases that are exactly right"
+    note = "Error bars: 95% interval of the difference to the base, over seeds."
+    figures.bars(columns, series, ASSETS / "bars.svg", title, note)
+
+    numbers = read_table("ablations")
+    columns = ["overall", "color", "position", "attribute", "edit"]
+    rows = {}
+    for title in dict.fromkeys(title for title, _ in numbers if title != "RecA"):
+        rows[title] = [numbers[title, column][1:] for column in columns]
+    if not all(len(cell) == 2 for row in rows.values() for cell in row):
+        raise ValueError("assets/ablations.md has no intervals: make it of two seeds or more")
+    title = "RecA with one thing changed: the difference to RecA"
+    note = "Lines: 95% interval over seeds. Grey: not significant (the interval includes 0)."
+    figures.forest(columns, rows, ASSETS / "ablations.svg", title, note)
+
+
+# ---------------------------------------------------------------- the command line
+def train_variant(argv: list[str]) -> None:
+    """train.py with a variant; all other options are train.py's."""
+    plain = RUNS["main"].variant
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    names = [name for name, run in RUNS.items() if run.variant != plain]
+    parser.add_argument("--variant", choices=names, required=True)
+    args, options = parser.parse_known_args(argv)
+    train.main(options, *RUNS[args.variant].variant)
+
+
+def main(argv=None) -> None:
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["train"]:
+        return train_variant(argv[1:])
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form, allow_abbrev=False)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    add = parser.add_argument
+    add("name", choices=[*EXPERIMENTS, "plot"], help="an experiment; plot: draw its tables")
+    add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of runs, prompts and noise")
+    add("--n", type=int, default=64, help="cases of each category (64)")
+    add("--runs", default="", help='a part of an experiment: --runs="main ar"')
+    add("--out_dir", default="experiments", help="where runs are, as s0/main, s0/pixels, ...")
+    add("--train", default="", help='more options of all runs: --train="--reca_steps 5"')
+    add("--encoder", default="", help="CLIP's weights: for two rows of encoder; of photographs")
+    add("--data_dir", default="", help="where the photographs are, train/ and val/")
+    add("--device", default=device, help=f"({device})")
+    args = parser.parse_args(argv)
+    try:
+        if args.n < 1:
+            raise ValueError(f"--n is {args.n}, it must be at least 1")
+        different = len(set(args.seeds)) == len(args.seeds) <= len(T95) + 1
+        if not different or min(args.seeds) < 0:
+            raise ValueError(f"--seeds: give one to {len(T95) + 1} different seeds, at least 0")
+        if args.name == "plot":
+            plot()
+        else:
+            run_experiment(args.name, args)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,261 @@
+"""Figures: grids of images (PNG), and bars, forest plots and curves with their intervals (SVG).
+
+Drawing alone: nothing here knows of models, scores or training. SVG is written as text, so no
+plotting package is needed. Text stays at MIN_TEXT pixels or more on a page of PAGE_WIDTH pixels.
+"""
+
+import math
+import textwrap
+from html import escape
+from pathlib import Path
+from typing import NamedTuple
+
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
+
+PAGE_WIDTH = 880  # at which GitHub shows a README's pictures
+MIN_TEXT = 12
+GAP = 4  # pixels between the images of a group
+MARGIN = 12  # pixels around all, and between groups beside the gap
+GREY, LIGHT, GREEN, RED = "#777", "#ddd", "#173", "#c22"
+# Okabe and Ito's palette, which color-blind readers can tell apart, after a grey for the base.
+PALETTE = ["#999", "#E90", "#07B", "#097", "#D50", "#C7A", "#5BE", "#000", "#825", "#173"]
+TICK = [(0, 5), (4, 9), (12, 1)]  # the points of a line
+CROSS = [(0, 0), (10, 10), (5, 5), (10, 0), (0, 10)]
+MARK_HEIGHT = 15
+
+
+def image_grid(
+    rows, row_captions=(), column_captions=(), scale=None, note="", heads=(), framed=(), correct=()
+) -> Image.Image:
+    """Rows of images with their captions -> one PIL image.
+
+    rows             tensors (C, 3, H, W) in [0, 1], or lists of them, groups set apart: [a, b]
+    row_captions     a line above each row
+    column_captions  a line above each group; no row is longer than the first
+    scale            whole-number magnification, without blur; by default to about 96 pixels
+    note             lines below all
+    heads            a word above each image of a group, the same for all groups
+    framed           [row]: which image of each group has a frame
+    correct          [row][group][image]: a tick below it, or a cross; an empty group: neither
+    """
+    rows = [row if isinstance(row, list) else [row] for row in rows]
+    height, width = rows[0][0].shape[-2:]
+    scale = scale or max(1, round(96 / width))
+    height *= scale
+    width *= scale
+    step = width + GAP
+    lefts = [MARGIN]  # of the groups, and where the last one ends
+    for group in rows[0]:
+        lefts.append(lefts[-1] + len(group) * step + MARGIN)
+    right = lefts[-1]
+    font = ImageFont.load_default(max(15, 1.1 * MIN_TEXT * right / PAGE_WIDTH))
+    line = round(1.5 * font.size)
+
+    # where each line of text stands, and where each row of images begins
+    top = GAP
+    texts = [(x, top, words) for x, words in zip(lefts, column_captions, strict=False)]
+    if column_captions:
+        top += line
+    if heads:
+        for left in lefts[:-1]:
+            texts += [(left + i * step, top, word) for i, word in enumerate(heads)]
+        top += line
+    tops = []
+    for r in range(len(rows)):
+        if r < len(row_captions):
+            texts.append((MARGIN, top, row_captions[r]))
+            top += line
+        tops.append(top)
+        top += height + GAP
+        top += MARK_HEIGHT if correct else 0
+    for x, _, words in texts:
+        right = max(right, math.ceil(x + font.getlength(words)) + MARGIN)
+    for words in textwrap.wrap(note, int(1.9 * right / font.size)):
+        texts.append((MARGIN, top, words))
+        top += line
+
+    canvas = Image.new("RGB", (right, top + GAP), "white")
+    draw = ImageDraw.Draw(canvas)
+    for x, y, words in texts:
+        draw.text((x, y), words, fill="black", font=font)
+    for r, row in enumerate(rows):
+        y = tops[r]
+        for g, group in enumerate(row):
+            for i, image in enumerate(group):
+                x = lefts[g] + i * step
+                canvas.paste(to_pil(image, scale), (x, y))
+                if framed and framed[r] == i:
+                    corners = (x - 3, y - 3, x + width + 2, y + height + 2)
+                    draw.rectangle(corners, outline="black", width=3)
+                if correct and correct[r][g]:
+                    draw_mark(draw, x, y + height + GAP, correct[r][g][i])
+    return canvas
+
+
+def to_pil(image, scale: int) -> Image.Image:
+    """A tensor (3, H, W) in [0, 1], magnified without blur."""
+    large = F.interpolate(image[None].float().cpu().clamp(0, 1), scale_factor=scale)[0]
+    array = (255 * large).byte().permute(1, 2, 0).contiguous().numpy()
+    return Image.fromarray(array)
+
+
+def draw_mark(draw, left: int, top: int, correct: bool) -> None:
+    """A green tick or a red cross."""
+    mark = TICK if correct else CROSS
+    points = [(left + x, top + y) for x, y in mark]
+    draw.line(points, fill=GREEN if correct else RED, width=2)
+
+
+# ----------------------------------------------------------------------------- plots, as SVG
+
+
+class Axis(NamedTuple):
+    """Values from low to high stand at pixels from start to end; values outside, at its ends."""
+
+    low: float
+    high: float
+    start: float
+    end: float
+
+    def at(self, value: float) -> float:
+        share = (value - self.low) / (self.high - self.low)
+        share = min(max(share, 0), 1)
+        return round(self.start + share * (self.end - self.start), 1)
+
+    def ticks(self) -> list[float]:
+        """About five round numbers: multiples of 1, 2 or 5 times a power of ten."""
+        rough = (self.high - self.low) / 5
+        power = 10 ** math.floor(math.log10(rough))
+        step = power
+        for factor in (2, 5, 10):
+            if step < rough:
+                step = factor * power
+        first = math.ceil(self.low / step)
+        last = math.floor(self.high / step)
+        return [i * step for i in range(first, last + 1)]
+
+
+class Svg:
+    """A picture PAGE_WIDTH wide on white, so that it reads on a dark page too."""
+
+    def __init__(self, height: int, title: str, note: str = ""):
+        box = f'viewBox="0 0 {PAGE_WIDTH} {height}" font-family="sans-serif" font-size="13"'
+        self.parts = [f'<svg xmlns="http://www.w3.org/2000/svg" width="{PAGE_WIDTH}" {box}>']
+        self.rect(0, 0, PAGE_WIDTH, height, "white")
+        self.text(16, 24, title, "start", 16)
+        self.text(16, height - 12, note, "start")
+
+    def text(self, x, y, text: str, anchor="middle", size=13) -> None:
+        place = f'x="{x}" y="{y}" text-anchor="{anchor}" font-size="{size}"'
+        self.parts.append(f"<text {place}>{escape(text)}</text>")
+
+    def line(self, points, color=LIGHT, width=1) -> None:
+        path = " ".join(f"{x},{y}" for x, y in points)
+        style = f'fill="none" stroke="{color}" stroke-width="{width}"'
+        self.parts.append(f'<polyline points="{path}" {style}/>')
+
+    def rect(self, x, y, width, height, color) -> None:
+        size = f'width="{width}" height="{height}"'
+        self.parts.append(f'<rect x="{x}" y="{y}" {size} fill="{color}"/>')
+
+    def y_axis(self, y: Axis, log: bool = False) -> None:
+        """A line across for each tick, which is a power of ten if `log`."""
+        for tick in y.ticks():
+            height = y.at(tick)
+            value = 10**tick if log else tick
+            self.line([(60, height), (PAGE_WIDTH - 16, height)])
+            self.text(54, height + 4, f"{value:.2g}", "end")
+
+    def legend(self, names) -> None:
+        """Names below the title, each behind a square of its color."""
+        left = 60
+        for name, color in zip(names, PALETTE, strict=False):
+            self.rect(left, 38, 12, 12, color)
+            self.text(left + 17, 49, name, "start")
+            left += 40 + 8 * len(name)
+
+    def save(self, path) -> None:
+        Path(path).write_text("\n".join([*self.parts, "</svg>\n"]))
+
+
+def bars(categories: list[str], series: dict, path, title: str, note: str = "") -> None:
+    """Shares in [0, 1] side by side. series: {name: [(share, half its interval or None), ...]}."""
+    svg = Svg(400, title, note)
+    y = Axis(0, 1, 330, 70)
+    svg.y_axis(y)
+    svg.legend(series)
+    step = (PAGE_WIDTH - 80) / len(categories)
+    width = 0.8 * step / len(series)
+    for c, category in enumerate(categories):
+        x = 60 + c * step
+        svg.text(x + 0.4 * step, 350, category)
+        for values, color in zip(series.values(), PALETTE, strict=False):
+            share, half = values[c]
+            top = y.at(share)
+            svg.rect(x, top, width - 2, 330 - top, color)
+            if half is not None:
+                center = x + width / 2 - 1
+                ends = y.at(share - half), y.at(share + half)
+                svg.line([(center, end) for end in ends], "black", 1.5)
+            x += width
+    svg.save(path)
+
+
+def forest(panels: list[str], rows: dict, path, title: str, note: str = "") -> None:
+    """Differences with their intervals, grey where these include 0.
+
+    rows: {name: [(difference, half its interval) for each panel]}.
+    """
+    reach = max(abs(value) + half for row in rows.values() for value, half in row)
+    bottom = 80 + 24 * len(rows)
+    svg = Svg(bottom + 50, title, note)
+    for r, name in enumerate(rows):
+        svg.text(16, 90 + 24 * r, name, "start")
+    width = (PAGE_WIDTH - 270) / len(panels)
+    for p, panel in enumerate(panels):
+        left = 260 + p * width
+        x = Axis(-reach, reach, left, left + width - 20)
+        svg.text(x.at(0), 58, panel)
+        for tick in x.ticks():
+            place = x.at(tick)
+            svg.line([(place, 66), (place, bottom)], LIGHT if tick else GREY)
+            svg.text(place, bottom + 14, f"{tick:g}")
+        for r, row in enumerate(rows.values()):
+            value, half = row[p]
+            y = 86 + 24 * r
+            color = PALETTE[2] if half < abs(value) else GREY
+            ends = x.at(value - half), x.at(value + half)
+            svg.line([(end, y) for end in ends], color, 2)
+            svg.rect(x.at(value) - 3, y - 3, 6, 6, color)
+    svg.save(path)
+
+
+def curves(series: dict, path, title: str = "", x_label: str = "", y_label: str = "") -> None:
+    """Lines through points, {name: [(x, y), ...]}; those that are not finite are left out.
+
+    y is logarithmic where all values are positive and differ by more than a factor of 20.
+    """
+    points = [point for row in series.values() for point in row if math.isfinite(point[1])]
+    if not points:
+        return
+    xs, ys = zip(*points, strict=True)
+    x = Axis(min(xs), max(xs) + 1e-9, 60, PAGE_WIDTH - 16)
+    y = Axis(min(0, *ys), max(ys) + 1e-9, 330, 70)
+    log = 0 < 20 * min(ys) < max(ys)
+    if log:
+        y = Axis(math.log10(min(ys)), math.log10(max(ys)), 330, 70)
+    svg = Svg(384, title)
+    svg.y_axis(y, log)
+    svg.legend(series)
+    for tick in x.ticks():
+        svg.text(x.at(tick), 350, f"{tick:g}")
+    svg.text(470, 374, x_label)
+    svg.text(16, 62, y_label, "start")
+    for row, color in zip(series.values(), PALETTE, strict=False):
+        line = []
+        for a, b in row:
+            if math.isfinite(b):
+                line.append((x.at(a), y.at(math.log10(b) if log else b)))
+        svg.line(line, color, 2)
+    svg.save(path)

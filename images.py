@@ -1,0 +1,88 @@
+"""The one reader of image files: any format and mode -> upright RGB -> a square -> a tensor.
+
+# B batch, H W pixels.
+"""
+
+import os
+import warnings
+
+import torch
+from einops import rearrange
+from PIL import Image, ImageOps
+from torch.utils.data import get_worker_info
+
+SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm"}
+FORMATS = ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM"]  # by content, not by suffix
+# Images that Pillow cannot read are named once, in bad_images.txt.
+warnings.filterwarnings("ignore", module="PIL")
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any Pillow image as RGB of the same size: EXIF orientation applied, alpha over white."""
+    ImageOps.exif_transpose(image, in_place=True)
+    if image.mode.startswith("I"):
+        # 16 bits: scale them to 8, as convert("L") would clip at 255.
+        image = image.convert("I").point(lambda value: value * (1 / 257) + 0.5).convert("L")
+    elif image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image)
+    return image.convert("RGB")
+
+
+def open_rgb(path: str, draft_size: int = 0) -> Image.Image:
+    """An image file as `to_rgb` makes it; of an animation the first frame.
+
+    draft_size: a JPEG may be decoded at 1/2, 1/4 or 1/8 of its size, which is faster, as long as
+    no side falls below this number of pixels; 0 for full size. Raises OSError for what is not a
+    file, ValueError above Image.MAX_IMAGE_PIXELS, and whatever Pillow finds wrong with the content.
+    """
+    if not os.path.isfile(path):
+        raise OSError("not a file")  # reading a pipe would wait
+    with Image.open(path, formats=FORMATS) as image:
+        # Pillow itself warns here, and refuses only twice as many.
+        if image.width * image.height > Image.MAX_IMAGE_PIXELS:
+            size = f"{image.width} x {image.height} pixels"
+            raise ValueError(f"{size} are more than {Image.MAX_IMAGE_PIXELS}")
+        if draft_size:
+            image.draft(None, (draft_size, draft_size))
+        return to_rgb(image)
+
+
+def center_crop_resize(image: Image.Image, size: int) -> Image.Image:
+    """The central square of an RGB image, resized to size x size."""
+    width, height = image.size
+    side = min(width, height)
+    left = (width - side) // 2
+    top = (height - side) // 2
+    # Hamming is as good as bicubic for shrinking, and faster.
+    resampling = Image.Resampling.HAMMING if side > size else Image.Resampling.BICUBIC
+    return image.resize((size, size), resampling, (left, top, left + side, top + side))
+
+
+def decode_image(path: str, size: int) -> Image.Image:
+    """The central square of an image file, size x size RGB. Raises what `open_rgb` raises."""
+    return center_crop_resize(open_rgb(path, size), size)
+
+
+def to_tensor(images: list[Image.Image]) -> torch.Tensor:
+    """RGB images of one size -> (B, 3, H, W) float in [0, 1]."""
+    batch = torch.empty(len(images), 3, images[0].height, images[0].width)  # (B, 3, H, W)
+    if get_worker_info():
+        # Write where the main process reads: no copy on the way.
+        batch.share_memory_()
+    for i, image in enumerate(images):
+        pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+        batch[i] = rearrange(pixels, "(h w c) -> c h w", h=image.height, c=3)
+    return batch.div_(255)
+
+
+def read_images(paths: list[str], size: int) -> torch.Tensor:
+    """Image files -> (B, 3, size, size) in [0, 1]. A ValueError names one that is unreadable."""
+    images = []
+    for path in paths:
+        try:
+            images.append(decode_image(path, size))
+        except Exception as error:  # Pillow's plugins raise nearly anything
+            raise ValueError(f"cannot read the image {path}: {error}") from None
+    return to_tensor(images)

@@ -1,0 +1,499 @@
+"""Public weights into the ViT of encoder.py: read a file, recognise its architecture, load it.
+
+    encoder = load_encoder("path/to/model.safetensors")  # or a preset, or a folder as on the hub
+    python pretrained.py clip-b16 photo.jpg              # what it is, what it sees: photo_pca.png
+
+Recognised are the layouts of transformers, OpenCLIP, timm, torchvision and DINOv2's own code, by
+names and shapes of tensors; config.json says what no tensor shows (number of heads, activation).
+Loading is strict: each tensor of the file is used once or left out by name, and each of the model
+is filled.
+
+# D width, N patches; "source" is a name in the file, "target" our name for it
+"""
+
+import argparse
+import json
+import math
+import mmap
+import re
+import sys
+import zipfile
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+from einops import rearrange, repeat
+from PIL import Image
+from torch import Tensor
+
+from encoder import ACTIVATIONS, CLIP_STATS, HALF_STATS, POOLS, ViT, ViTConfig
+from hub import HUB, find_weights
+from images import open_rgb, to_tensor
+
+Tensors = dict[str, Tensor]
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+DTYPES |= {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8}
+DTYPES |= {"U8": torch.uint8, "BOOL": torch.bool}
+
+
+def read_safetensors(path: Path) -> Tensors:
+    """Names and tensors of a safetensors file: u64 header length, JSON header, raw bytes.
+
+    They are views of the mapped file: only those in use are read. Raises ValueError if they do
+    not fill the file one after the other.
+    """
+    with open(path, "rb") as file:
+        # Copy on write, since torch wants a writable buffer.
+        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    start = 8 + int.from_bytes(data[:8], "little")
+    if start > len(data):
+        raise ValueError(f"the header claims {start - 8} bytes, the file has {len(data)}")
+    tensors = {}
+    position = start
+    try:
+        header = json.loads(data[8:start].decode())
+        header.pop("__metadata__", None)
+        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            dtype = DTYPES[entry["dtype"]]
+            begin, end = entry["data_offsets"]
+            count = math.prod(entry["shape"])
+            if start + begin != position or end - begin != count * dtype.itemsize:
+                raise ValueError(f"{name}, {entry}, does not fill the bytes from {position} on")
+            flat = torch.frombuffer(data, dtype=dtype, count=count, offset=position)
+            tensors[name] = flat.view(entry["shape"])
+            position = start + end
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"damaged safetensors header: {error!r}") from None
+    if position != len(data):
+        raise ValueError(f"the tensors end at byte {position}, the file at {len(data)}")
+    return tensors
+
+
+def read_tensors(path: Path) -> Tensors:
+    """Any checkpoint file as names and tensors, memory-mapped where the format allows."""
+    if path.suffix == ".safetensors":
+        return read_safetensors(path)
+    try:
+        # weights_only keeps a pickle from running code.
+        tensors = torch.load(path, "cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except Exception as error:  # a damaged pickle or zip can raise nearly anything
+        reason = f"{type(error).__name__} {error}".partition("\n")[0]
+        raise ValueError(f"torch.load(weights_only=True) cannot read it: {reason}") from None
+    for wrapper in ("state_dict", "model"):
+        if isinstance(tensors, dict):
+            tensors = tensors.get(wrapper, tensors)
+    if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
+        raise ValueError("it holds no state dict, that is names and tensors")
+    return tensors
+
+
+# ---- From the publishers' names to ours
+
+
+def invert_table(table: str) -> dict[str, str]:
+    """Rows of a target and its sources, as a dictionary from source to target."""
+    targets = {}
+    for row in table.strip().splitlines():
+        target, *sources = row.split()
+        targets |= dict.fromkeys(sources, target)
+    return targets
+
+
+# Our name, then what transformers (CLIP and SigLIP, DINOv2), OpenCLIP, timm and DINOv2's own
+# files, and torchvision call it.
+NAMES = invert_table("""
+patch_embed      embeddings.patch_embedding embeddings.patch_embeddings.projection
+patch_embed      conv1 patch_embed.proj conv_proj
+cls_token        embeddings.class_embedding embeddings.cls_token class_embedding class_token
+registers        embeddings.register_tokens register_tokens reg_token
+positions        embeddings.position_embedding.weight embeddings.position_embeddings
+positions        positional_embedding pos_embed encoder.pos_embedding
+norm_pre         pre_layrnorm ln_pre
+norm1            layer_norm1 ln_1
+attn.q           self_attn.q_proj attention.attention.query
+attn.k           self_attn.k_proj attention.attention.key
+attn.v           self_attn.v_proj attention.attention.value
+attn.qkv.weight  attn.in_proj_weight self_attention.in_proj_weight
+attn.qkv.bias    attn.in_proj_bias self_attention.in_proj_bias
+attn.proj        self_attn.out_proj attention.output.dense attn.out_proj self_attention.out_proj
+attn.proj.scale  layer_scale1.lambda1 ls1.gamma
+norm2            layer_norm2 ln_2
+mlp.fc1          mlp.weights_in mlp.w12 mlp.c_fc mlp.0 mlp.linear_1
+mlp.fc2          mlp.weights_out mlp.w3 mlp.c_proj mlp.3 mlp.linear_2
+mlp.fc2.scale    layer_scale2.lambda1 ls2.gamma
+norm             post_layernorm layernorm ln_post encoder.ln
+pool.probe       head.probe attn_pool.latent
+pool.qkv.weight  head.attention.in_proj_weight
+pool.qkv.bias    head.attention.in_proj_bias
+pool.q           attn_pool.q
+pool.kv          attn_pool.kv
+pool.proj        head.attention.out_proj attn_pool.proj
+pool.norm        head.layernorm attn_pool.norm
+pool.mlp.fc1     head.mlp.fc1 attn_pool.mlp.fc1
+pool.mlp.fc2     head.mlp.fc2 attn_pool.mlp.fc2
+proj             visual_projection
+proj.transposed  proj
+""")
+WRAPPER = re.compile(r"(vision_model|visual\.trunk|visual|dinov2|dinov2_with_registers)\.")
+LAYERS = r"encoder\.layers?\.|encoder\.layers\.encoder_layer_|transformer\.resblocks\.|blocks\."
+BLOCK = re.compile(rf"(?:(?:{LAYERS})(\d+)\.)?(.*)", re.DOTALL)
+# Not of the encoder: text towers, classifiers, what only training or similarity with text needs.
+LEFT_OUT = re.compile(
+    r"(text_model|text|transformer|token_embedding|ln_final|classifier|heads)\."
+    r"|head\.(weight|bias)$"
+    r"|(text_projection(\.weight)?|positional_embedding|logit_scale|logit_bias)$"
+    r"|(.+\.)?(position_ids|mask_token)$"
+)
+
+
+def target_name(source: str) -> str:
+    """Our name for a tensor: the wrapper goes, the block and the last part (weight, bias) stay."""
+    number, name = BLOCK.fullmatch(WRAPPER.sub("", source, count=1)).groups()
+    block = f"blocks.{number}." if number else ""
+    if name in NAMES:
+        return block + NAMES[name]
+    stem, dot, leaf = name.rpartition(".")
+    return block + NAMES.get(stem, stem) + dot + leaf
+
+
+def rename_keys(tensors: Tensors) -> Tensors:
+    """The encoder's tensors under our names. What is left out is left out by name."""
+    named, origin = {}, {}
+    for source, tensor in tensors.items():
+        if LEFT_OUT.match(source):
+            continue
+        target = target_name(source)
+        if target in named:
+            raise ValueError(f"{source} and {origin[target]} are one tensor of the encoder")
+        named[target] = tensor
+        origin[target] = source
+    return named
+
+
+# ---- Recognising an architecture
+
+CLIP = CLIP_STATS | {"norm_eps": 1e-5}
+ANTIALIAS = {"pos_resize": "antialias"}
+HF_PATCHES = "embeddings.patch_embedding.weight"
+# A family, some of its tensors, by which it is known, and what no tensor shows. The first counts.
+FAMILIES = (
+    ("CLIP, transformers", f"{HF_PATCHES} pre_layrnorm.weight", CLIP | {"act": "quick_gelu"}),
+    ("SigLIP, transformers", HF_PATCHES, HALF_STATS | {"act": "gelu_tanh"}),
+    ("DINOv2, transformers", "embeddings.patch_embeddings.projection.weight", {}),
+    ("CLIP, OpenCLIP", "conv1.weight", CLIP | ANTIALIAS),
+    ("DINOv2", "patch_embed.proj.weight mask_token", {"pos_resize": "offset"}),
+    ("CLIP, timm", "patch_embed.proj.weight norm_pre.weight", CLIP | ANTIALIAS),
+    ("ViT, timm", "patch_embed.proj.weight blocks.0.ls1.gamma", ANTIALIAS),
+    ("ViT, timm", "patch_embed.proj.weight", HALF_STATS | ANTIALIAS),
+    ("ViT, torchvision", "conv_proj.weight", {"pos_resize": "align_corners"}),
+)
+# By width: So400m, H, g and bigG. The heads of all other public models have 64 channels.
+HEADS = {1152: 16, 1280: 16, 1408: 16, 1664: 16}
+# What config.json (transformers, timm) and open_clip_config.json call the fields of ViTConfig.
+CONFIG_FIELDS = invert_table("""
+width       hidden_size num_features width
+depth       num_hidden_layers layers
+heads       num_attention_heads num_heads
+mlp_width   intermediate_size
+registers   num_register_tokens
+patch_size  patch_size
+image_size  image_size
+norm_eps    layer_norm_eps
+act         hidden_act
+pool        global_pool
+""")
+CONFIG_VALUES = {"gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
+CONFIG_VALUES |= {"token": "cls", "avg": "mean", "map": "attention", "": "none"}
+TIMM_TANH = r"vit_(giantopt|base_patch32|so400m_patch16)\w*siglip|vit_large_patch16_siglip\w*_512"
+
+
+def stated_fields(config: dict) -> dict:
+    """What a publisher's configuration states, as fields of ViTConfig."""
+    model = config.get("model_cfg", {})
+    vision = config.get("vision_config") or model.get("vision_cfg")
+    vision = vision or config | config.get("model_args", {})
+    timm_name = vision.get("timm_model_name") or config.get("architecture") or ""
+    if model.get("quick_gelu") or "quickgelu" in timm_name:
+        vision["hidden_act"] = "quick_gelu"
+    if re.match(TIMM_TANH, timm_name):
+        vision["hidden_act"] = "gelu_tanh"
+    if "head_width" in vision:
+        vision["num_heads"] = vision["width"] // vision["head_width"]
+    stated = {}
+    for source, field in CONFIG_FIELDS.items():
+        if source in vision:
+            value = CONFIG_VALUES.get(vision[source], vision[source])
+            # An int, a float or a str, as the field's default is.
+            stated[field] = type(getattr(ViTConfig, field))(value)
+    if stated.get("act", "gelu") not in ACTIVATIONS or stated.get("pool", "cls") not in POOLS:
+        raise ValueError(f"no such activation or pooling: {stated}")
+    stats = config.get("preprocess_cfg") or config.get("pretrained_cfg") or config
+    for field in ("mean", "std"):
+        value = stats.get(field) or stats.get(f"image_{field}")
+        if value:
+            red, green, blue = map(float, value)
+            stated[field] = (red, green, blue)
+    return stated
+
+
+def read_config(folder: Path, tensors: Tensors) -> dict:
+    """What the JSON files beside the weights state, as fields of ViTConfig; {} without files."""
+    names = ["preprocessor_config.json", "config.json"]
+    if any(name.startswith("visual.") for name in tensors):
+        names = ["open_clip_config.json"]
+    config = {}
+    try:
+        for name in names:
+            if (folder / name).exists():
+                config |= json.loads((folder / name).read_text())
+        return stated_fields(config)
+    # Whatever a damaged JSON leads to.
+    except (ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError) as error:
+        raise ValueError(f"the config beside it cannot be used: {error}") from None
+
+
+def find_family(tensors: Tensors) -> tuple[str, dict]:
+    """A family's name and its conventions."""
+    bare = {WRAPPER.sub("", name, count=1) for name in tensors}
+    for family, signature, conventions in FAMILIES:
+        if bare.issuperset(signature.split()):
+            return family, conventions
+    raise ValueError(f"no layout that is known here: {', '.join(sorted(tensors)[:6])}")
+
+
+def last_axes(named: Tensors, name: str, ndim: int) -> torch.Size:
+    """The last `ndim` sizes of a tensor."""
+    if name not in named or named[name].ndim < ndim:
+        raise ValueError(f"{name}, of {ndim} dimensions, is missing or has fewer")
+    return named[name].shape[-ndim:]
+
+
+def shown_config(tensors: Tensors, named: Tensors, family: str) -> ViTConfig:
+    """What the names and shapes of the tensors show of the architecture."""
+    width, _, _, patch_size = last_axes(named, "patch_embed.weight", 4)
+    fc1_width, _ = last_axes(named, "blocks.0.mlp.fc1.weight", 2)
+    _, mlp_width = last_axes(named, "blocks.0.mlp.fc2.weight", 2)
+    blocks = {name.split(".")[1] for name in named if name.startswith("blocks.")}
+    # Class token and registers are too few for the count of positions to reach the next square.
+    grid = math.isqrt(last_axes(named, "positions", 2)[0])
+    pool_of_patches = "none" if family.startswith("SigLIP") else "mean"
+    pool = "cls" if "cls_token" in named else pool_of_patches
+    out_width = 0
+    if "proj.weight" in named:
+        out_width, _ = last_axes(named, "proj.weight", 2)
+    elif "proj.transposed" in named:
+        _, out_width = last_axes(named, "proj.transposed", 2)
+    elif "logit_scale" in tensors and family.startswith("CLIP"):
+        raise ValueError("its projection, visual_projection.weight or visual.proj, is missing")
+    return ViTConfig(
+        family=family,
+        image_size=grid * patch_size,
+        patch_size=patch_size,
+        width=width,
+        depth=len(blocks),
+        heads=HEADS.get(width, 0 if width % 64 else width // 64),
+        mlp_width=mlp_width,
+        out_width=out_width,
+        act="swiglu" if fc1_width == 2 * mlp_width else "gelu",
+        cls_token="cls_token" in named,
+        registers=last_axes(named, "registers", 2)[0] if "registers" in named else 0,
+        qkv_bias="blocks.0.attn.q.bias" in named or "blocks.0.attn.qkv.bias" in named,
+        norm_pre="norm_pre.weight" in named,
+        fc_norm="fc_norm.weight" in named,
+        pool="attention" if "pool.probe" in named else pool,
+    )
+
+
+def infer_config(tensors: Tensors, named: Tensors, stated: dict) -> ViTConfig:
+    """The architecture that the tensors show; `stated` fills the rest and has to agree."""
+    family, conventions = find_family(tensors)
+    shown = shown_config(tensors, named, family)
+    for field in ("width", "depth", "patch_size", "mlp_width", "registers"):
+        size = getattr(shown, field)
+        if stated.get(field, size) != size:
+            raise ValueError(f"{field} = {stated[field]} in the config, but tensors show {size}")
+    cfg = replace(shown, **conventions | stated)
+    if shown.act == "swiglu":
+        cfg.act = "swiglu"
+    # The code of DINOv2, of transformers and of timm all resize so where there are registers.
+    if cfg.registers:
+        cfg.pos_resize = "antialias"
+    # The native size need not be a multiple of the patch, but the grid has to agree.
+    grid = shown.image_size // shown.patch_size
+    if cfg.image_size // cfg.patch_size != grid:
+        raise ValueError(f"image_size = {cfg.image_size} in the config, {grid} x {grid} positions")
+    if cfg.heads < 1 or cfg.width % cfg.heads:
+        advice = "state num_attention_heads, a divisor of it, in a config.json beside the file"
+        raise ValueError(f"no number of heads for width {cfg.width}: {advice}")
+    return cfg
+
+
+# ---- Filling the model
+
+
+def take(named: Tensors, name: str, *shape: int) -> Tensor:
+    """Move a tensor of this shape out of `named`; leading axes of size 1 do not count."""
+    if name not in named:
+        raise ValueError(f"{name} is missing")
+    tensor = named.pop(name)
+    fits = tensor.shape[-len(shape) :] == shape and tensor.numel() == math.prod(shape)
+    if not fits or not tensor.is_floating_point():
+        found = list(tensor.shape)
+        raise ValueError(f"{name} is {tensor.dtype} {found} instead of float {list(shape)}")
+    return tensor.view(shape)
+
+
+def take_tokens(named: Tensors, cfg: ViTConfig, patches: int) -> Tensors:
+    """pos_embed (N, D), and prefix_tokens with the positions that the file has for them."""
+    prefix = torch.zeros(cfg.cls_token + cfg.registers, cfg.width)
+    # Before the patches come positions of all of the prefix, of the class token, or none.
+    own = named["positions"].shape[-2] - patches
+    if own not in (len(prefix), int(cfg.cls_token)):
+        own = 0
+    positions = take(named, "positions", own + patches, cfg.width)
+    if cfg.cls_token:
+        prefix[0] = take(named, "cls_token", cfg.width)
+    if cfg.registers:
+        prefix[-cfg.registers :] = take(named, "registers", cfg.registers, cfg.width)
+    prefix[:own] += positions[:own]
+    return {"pos_embed": positions[own:], "prefix_tokens": prefix}
+
+
+def take_qkv(named: Tensors, attention: str, width: int) -> Tensors:
+    """Queries, keys and values in one matrix, where the file has three."""
+    state = {}
+    for leaf, *shape in (("weight", width, width), ("bias", width)):
+        if f"{attention}.q.{leaf}" in named:
+            parts = [take(named, f"{attention}.{part}.{leaf}", *shape) for part in "qkv"]
+            state[f"{attention}.qkv.{leaf}"] = torch.cat(parts)
+    return state
+
+
+def take_scaled(named: Tensors, linear: str, width: int, inner: int) -> Tensors:
+    """A linear layer (inner -> width) with the LayerScale behind it folded into it."""
+    scale = take(named, f"{linear}.scale", width).float()
+    weight = take(named, f"{linear}.weight", width, inner)
+    bias = take(named, f"{linear}.bias", width)
+    return {f"{linear}.weight": scale[:, None] * weight, f"{linear}.bias": scale * bias}
+
+
+def load_into(model: ViT, named: Tensors, dtype: torch.dtype) -> None:
+    """Fill the model in place, from `named`, which ends empty.
+
+    A ValueError names a tensor that is missing, that has a wrong shape, or that has no place.
+    """
+    cfg = model.cfg
+    D = cfg.width
+    # What the model keeps in another form than the file, ...
+    state = take_tokens(named, cfg, len(model.pos_embed))
+    state["mean"] = torch.tensor(cfg.mean).view(3, 1, 1)
+    state["std"] = torch.tensor(cfg.std).view(3, 1, 1)
+    patches = take(named, "patch_embed.weight", D, 3, cfg.patch_size, cfg.patch_size)
+    state["patch_embed.weight"] = patches.flatten(1)
+    has_layer_scale = any(name.endswith(".scale") for name in named)
+    for i in range(cfg.depth):
+        state |= take_qkv(named, f"blocks.{i}.attn", D)
+        if has_layer_scale:
+            state |= take_scaled(named, f"blocks.{i}.attn.proj", D, D)
+            state |= take_scaled(named, f"blocks.{i}.mlp.fc2", D, cfg.mlp_width)
+    if "pool.qkv.weight" in named:
+        for leaf, *shape in (("weight", 3 * D, D), ("bias", 3 * D)):
+            qkv = take(named, f"pool.qkv.{leaf}", *shape)
+            state[f"pool.q.{leaf}"], state[f"pool.kv.{leaf}"] = qkv.split((D, 2 * D))
+    if "proj.transposed" in named:
+        state["proj.weight"] = take(named, "proj.transposed", D, cfg.out_width).T
+    # ... and what it keeps as it is.
+    for name, parameter in model.named_parameters():
+        tensor = state[name] if name in state else take(named, name, *parameter.shape)
+        state[name] = tensor.to(dtype, copy=True, memory_format=torch.contiguous_format)
+    if named:
+        raise ValueError(f"no place for {len(named)} tensors: {', '.join(sorted(named)[:6])}")
+    model.load_state_dict(state, assign=True)
+
+
+@torch.no_grad()
+def load_encoder(name_or_path: str | Path, dtype: torch.dtype = torch.float32) -> ViT:
+    """A public encoder, frozen and in eval mode: generation is aligned with it, so it has to stay.
+
+    name_or_path: a preset of HUB, a folder as the hub has it, or a file of weights (.safetensors,
+    .bin, .pth, .pt). Raises ValueError for an unknown name, a damaged file, and no encoder.
+    """
+    file = find_weights(str(name_or_path))
+    try:
+        tensors = read_tensors(file)
+        named = rename_keys(tensors)
+        cfg = infer_config(tensors, named, read_config(file.parent, tensors))
+        # No memory and no initialisation: every tensor comes from the file.
+        with torch.device("meta"):
+            model = ViT(cfg)
+        load_into(model, named, dtype)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
+    return model.eval().requires_grad_(False)
+
+
+# ---- What the encoder sees
+
+
+def load_image(path: str, cfg: ViTConfig, max_aspect: int = 8) -> Tensor:
+    """(1, 3, H, W) in [0, 1]: the whole picture, both sides a multiple of the patch.
+
+    The shorter side is about cfg.image_size, but the longer at most max_aspect times that.
+    """
+    try:
+        image = open_rgb(path)
+    except Exception as error:  # Pillow raises nearly anything for a damaged file
+        raise ValueError(f"{path} is no image that can be read ({error})") from None
+    side = max(min(image.size), max(image.size) / max_aspect)
+    scale = cfg.image_size / side / cfg.patch_size
+    size = [max(1, round(side * scale)) * cfg.patch_size for side in image.size]
+    return to_tensor([image.resize(size, Image.Resampling.BICUBIC)])
+
+
+def pca_colors(tokens: Tensor) -> Tensor:
+    """(N, D) -> (N, 3) in [0, 1]: three principal components as colors (arXiv 2304.07193)."""
+    tokens = tokens - tokens.mean(dim=0)
+    axes = torch.linalg.svd(tokens, full_matrices=False).Vh[:3]  # (3, D)
+    # A component's sign is arbitrary: make its largest entry positive.
+    largest = axes.abs().argmax(dim=1, keepdim=True)
+    axes = axes * axes.gather(1, largest).sign()
+    colors = tokens @ axes.T  # (N, 3)
+    colors = colors - colors.amin(dim=0)
+    return colors / colors.amax(dim=0).clamp_min(1e-12)
+
+
+def draw_pca(encoder: ViT, path: str) -> Path:
+    """Write the picture beside the colors of its patch tokens, as PATH_pca.png."""
+    p = encoder.cfg.patch_size
+    image = load_image(path, encoder.cfg)  # (1, 3, H, W)
+    with torch.inference_mode():
+        colors = pca_colors(encoder(image).patch_tokens[0].float())  # (N, 3)
+    drawn = repeat(colors, "(h w) c -> (h p) (w q) c", h=image.shape[2] // p, p=p, q=p)
+    both = torch.cat([rearrange(image[0], "c h w -> h w c"), drawn], dim=1)  # (H, 2 W, 3)
+    out = Path(path).with_name(f"{Path(path).stem}_pca.png")
+    Image.fromarray((both * 255).byte().numpy()).save(out)
+    return out
+
+
+def main() -> None:
+    """Show what an encoder is and, for each IMG, what it sees: IMG_pca.png."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    add = parser.add_argument
+    add("encoder", metavar="NAME_OR_PATH", help=f"{', '.join(HUB)}, or a file or folder of weights")
+    add("images", metavar="IMG", nargs="*", help="a photograph; its picture goes beside it")
+    args = parser.parse_args()
+    encoder = load_encoder(args.encoder)
+    facts = [f"{field} {value}" for field, value in asdict(encoder.cfg).items()]
+    size = sum(parameter.numel() for parameter in encoder.parameters())
+    print(" | ".join([*facts, f"{size / 1e6:.1f} M parameters"]))
+    for path in args.images:
+        out = draw_pca(encoder, path)
+        print(f"{out}: the image, and its patch tokens' first three principal components")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError) as error:  # a user's mistake gets a sentence, not a traceback
+        print(f"pretrained.py: {error}", file=sys.stderr)
+        sys.exit(2)

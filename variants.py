@@ -1,0 +1,198 @@
+"""The runs that experiments.py makes: options of train.py, and variants that no option reaches.
+
+A variant changes the core from outside: a subclass of the model or of the loss, or another table of
+stages. `python experiments.py train --variant NAME ...` trains one, with the options of train.py.
+
+# B batch, T prefix length, K visual words, D width, V words
+"""
+
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from model import LayerNorm, Linear, UnifiedModel, resize_for_encoder
+from paradigms import patchify
+from train import STAGES, LossModule
+from words import BOS, PAD
+
+
+# ---------------------------------------------------------------- models
+class FirstWords(UnifiedModel):
+    """The first `count` visual words are kept, the others are <pad>."""
+
+    count = 4
+
+    def visual_words(self, patch_tokens):
+        words = super().visual_words(patch_tokens)  # (B, K, V)
+        pad = F.one_hot(torch.tensor(PAD, device=words.device), words.shape[2]).to(words)
+        return torch.cat([words[:, : self.count], pad.expand_as(words[:, self.count :])], 1)
+
+
+class SharpenedWords(UnifiedModel):
+    """The logits of visual words are multiplied: 0, all words alike; 10, nearly one word each."""
+
+    sharpness = 1.0
+
+    def visual_words(self, patch_tokens):
+        return (self.connector(patch_tokens).float() * self.sharpness).softmax(-1)
+
+
+class ReversedWords(UnifiedModel):
+    """From the last visual word to the first: each is still a word, they are no sentence."""
+
+    def visual_words(self, patch_tokens):
+        return super().visual_words(patch_tokens).flip(1)
+
+
+class TrainedConnector(UnifiedModel):
+    """The recon loss has a gradient in the connector and in the word embeddings that it reads."""
+
+    def recon_prefix(self, encoder, images, features=None):
+        with torch.set_grad_enabled(self.training):
+            return super().recon_prefix(encoder, images, features)
+
+
+class PixelPrefix(UnifiedModel):
+    """A control of the paper's figure 12: RecA's prefix holds the patches, through one matrix."""
+
+    def __init__(self, cfg):
+        super().__init__(cfg)
+        self.raw_proj = self.make_projection(cfg)
+        for p in self.raw_proj.parameters():
+            if p.ndim == 2:
+                nn.init.normal_(p, std=p.shape[1] ** -0.5)
+
+    def make_projection(self, cfg) -> nn.Module:
+        return Linear(3 * cfg.patch_size**2, cfg.width)
+
+    def raw_tokens(self, encoder, images, features):
+        """What an image can be copied from: (B, n, P)."""
+        return patchify(images, self.cfg.patch_size)
+
+    def recon_prefix(self, encoder, images, features=None):
+        """<bos>, n projected tokens, <pad>: (B, T, D). Raises ValueError where they do not fit."""
+        tokens = self.raw_tokens(encoder, images, features)
+        n = tokens.shape[1]
+        T = self.cfg.text_len
+        if n >= T:
+            what = f"{type(self).__name__} has {n} tokens, and the prefix has room for {T - 1}"
+            raise ValueError(f"{what}: choose larger patches")
+        with torch.set_grad_enabled(self.training):
+            tokens = self.raw_proj(tokens)
+            ids = torch.tensor([BOS] + [PAD] * (T - 1), device=tokens.device)
+            words = self.text_prefix(ids.expand(len(tokens), T)).to(tokens)
+            return torch.cat([words[:, :1], tokens, words[:, 1 + n :]], 1)
+
+
+class FeaturePrefix(PixelPrefix):
+    """The same with the encoder's patch tokens, through an MLP."""
+
+    def make_projection(self, cfg) -> nn.Module:
+        up = Linear(cfg.encoder_width, 4 * cfg.width)
+        down = Linear(4 * cfg.width, cfg.width)
+        return nn.Sequential(LayerNorm(cfg.encoder_width), up, nn.GELU(), down)
+
+    @torch.no_grad()
+    def raw_tokens(self, encoder, images, features):
+        if features is None:
+            features = encoder(resize_for_encoder(images, self.cfg.encoder_size)).patch_tokens
+        return features.to(images.dtype)
+
+
+def subclass(base: type, name: str, value) -> type:
+    """A model that differs in one class attribute."""
+    return type(f"{base.__name__}_{value}", (base,), {name: value})
+
+
+# ---------------------------------------------------------------- losses
+class DenseCaptions(LossModule):
+    """sft on full captions in place of sparse ones."""
+
+    def caption(self, main: dict):
+        return main["full_caption"]
+
+    def forward(self, batch):
+        if self.stage.name == "sft":
+            main = batch["main"]
+            batch = batch | {"main": main | {"caption": self.caption(main)}}
+        return super().forward(batch)
+
+
+class OwnCaptions(DenseCaptions):
+    """sft on the likeliest visual words: the model's own captions."""
+
+    @torch.no_grad()
+    def caption(self, main: dict):
+        model, encoder = self.parts["model"], self.parts["encoder"]
+        words = model.encode_visual_words(encoder, main["image"], main.get("features"))
+        return F.pad(words.argmax(-1), (1, 0), value=BOS)  # (B, T)
+
+
+# ---------------------------------------------------------------- the table of runs, by folder
+class Run(NamedTuple):
+    options: dict = {}
+    parent: str = ""  # the run/checkpoint of the same seed that it starts from
+    title: str = ""  # in tables
+    model_class: type = UnifiedModel
+    loss_class: type = LossModule
+    stages: dict = STAGES
+
+    @property
+    def variant(self) -> tuple:
+        """What train.main is given beside the options."""
+        return self.model_class, self.loss_class, self.stages
+
+
+def run_reca(title: str, model_class=UnifiedModel, changes=(), **options) -> Run:
+    """RecA from the base. changes: of its row in the table of stages."""
+    stages = STAGES | {"reca": replace(STAGES["reca"], **dict(changes))}
+    run = Run({"stage": "reca"} | options, "main/pretrain", title, model_class)
+    return run._replace(stages=stages)
+
+
+SAME = "same"  # in place of a value: that of the option of experiments.py of the same name
+PHOTOS = dict(dataset="imagenet", data_dir=SAME, encoder=SAME, encoder_size=96, replay=0.5)
+PHOTOS |= dict(cache_features=True, width=192, depth=6, heads=6, batch_size=16)
+PHOTOS |= dict(encoder_steps=200, pretrain_steps=3000, align_steps=300, reca_steps=1000)
+PHOTOS |= dict(pretrain_lr=2e-3, reca_lr=1e-3)
+SFT = {"stage": "sft"}
+RECA = {"stage": "reca"}
+
+RUNS = {"main": Run(), "noise_3": Run({"noise_scale": 3}), "photographs": Run(PHOTOS)}
+RUNS |= {paradigm: Run({"paradigm": paradigm}) for paradigm in ("ar", "mask", "mar")}
+RUNS["random"] = Run({"encoder": "random", "align_steps": 950})
+RUNS["clip"] = Run({"encoder": SAME, "encoder_size": 48, "align_steps": 950})
+RUNS["reca_sft"] = Run(SFT, "main/reca", "RecA, SFT")
+RUNS["sft_reca"] = Run(RECA, "main/sft", "SFT, RecA")
+RUNS["reca_reca"] = Run(RECA, "main/reca", "RecA twice")
+SFT_RUN = Run(SFT, "main/pretrain")
+RUNS["own_captions"] = SFT_RUN._replace(title="SFT, own captions", loss_class=OwnCaptions)
+RUNS["dense_captions"] = SFT_RUN._replace(title="SFT, dense", loss_class=DenseCaptions)
+RUNS["features"] = run_reca("features", FeaturePrefix)
+RUNS["pixels"] = run_reca("pixels", PixelPrefix)
+CONNECTOR_TOO = {"trains": ("transformer", "connector")}
+CONNECTOR_RUN = run_reca("RecA, connector too", TrainedConnector, CONNECTOR_TOO, **PHOTOS)
+RUNS["train_connector"] = CONNECTOR_RUN._replace(parent="photographs/pretrain")
+
+# RecA with one thing changed
+NO_T2T = {"losses": STAGES["reca"].losses | {"t2t": 0.0}}
+ABLATIONS = {
+    "images_500": run_reca("500 images", changes={"max_images": 500}),
+    "no_drop": run_reca("no condition dropped", subclass(UnifiedModel, "cond_drop", 0.0)),
+    "drop_30": run_reca("30% of conditions dropped", subclass(UnifiedModel, "cond_drop", 0.3)),
+    "slow": run_reca("a quarter of the learning rate", reca_lr=5e-4),
+    "fast": run_reca("twice the learning rate", reca_lr=4e-3),
+    "no_i2t": run_reca("no image to words (i2t 0)", i2t=0),
+    "no_t2t": run_reca("no words to words (t2t 0)", changes=NO_T2T),
+    "no_replay": run_reca("no replay", replay=0),
+    "first4": run_reca("first 4 visual words", subclass(FirstWords, "count", 4)),
+    "first8": run_reca("first 8 visual words", subclass(FirstWords, "count", 8)),
+    "blurred": run_reca("blurred visual words", subclass(SharpenedWords, "sharpness", 0.3)),
+    "hard": run_reca("hard visual words", subclass(SharpenedWords, "sharpness", 10.0)),
+    "reversed": run_reca("reversed visual words", ReversedWords),
+    "ema": run_reca("averaged weights (EMA 0.99)", ema=0.99),
+}
+RUNS |= ABLATIONS

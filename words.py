@@ -1,0 +1,70 @@
+"""Words and their ids. Text is words, not bytes: a visual word is a mixture of word embeddings."""
+
+import difflib
+import re
+from collections import Counter
+from collections.abc import Iterable
+from itertools import takewhile
+
+PAD, BOS, EOS, UNK = 0, 1, 2, 3
+SPECIALS = ["<pad>", "<bos>", "<eos>", "<unk>"]
+IGNORE_INDEX = -100  # a target that no loss counts, as in torch's cross entropy
+
+
+def split_words(text: str) -> list[str]:
+    """Lower-case words and single punctuation marks."""
+    return re.findall(r"[^\W_]+(?:'[^\W_]+)*|[^\w\s]", text.lower())
+
+
+class Vocabulary:
+    """Words <-> ids. `words` begins with SPECIALS; a word's id is its position."""
+
+    def __init__(self, words: list[str]):
+        assert words[:4] == SPECIALS, f"the first words must be {SPECIALS}, got {words[:4]}"
+        self.words = list(words)
+        self.ids = {word: i for i, word in enumerate(words)}
+
+    @classmethod
+    def from_captions(cls, captions: Iterable[str]) -> "Vocabulary":
+        """All words of the captions, the most frequent first; ties in alphabetical order."""
+        counts = Counter()
+        for caption in captions:
+            counts.update(split_words(caption))
+        return cls(SPECIALS + sorted(counts, key=lambda word: (-counts[word], word)))
+
+    def __len__(self) -> int:
+        return len(self.words)
+
+    def encode(self, text: str, length: int, strict: bool = False) -> list[int]:
+        """`<bos> words <eos> <pad> ...`, `length` ids: unknown words as <unk>, a long text cut.
+
+        strict, for a prompt: raises ValueError instead (see `check_prompt`).
+        """
+        words = split_words(text)
+        if strict:
+            self.check_prompt(text, words, length - 1)
+        ids = [BOS]
+        ids += [self.ids.get(word, UNK) for word in words[: length - 1]]
+        ids.append(EOS)
+        ids += [PAD] * length
+        return ids[:length]
+
+    def check_prompt(self, text: str, words: list[str], most: int) -> None:
+        """Raises ValueError for an unknown word, naming near ones, and for more than `most`."""
+        for word in words:
+            if word not in self.ids:
+                near = difflib.get_close_matches(word, self.words[4:], 3, 0.5) or self.words[4:10]
+                raise ValueError(
+                    f"the prompt {text!r} holds the unknown word {word!r}; "
+                    f"known words near it: {', '.join(near)}"
+                )
+        if len(words) > most:
+            raise ValueError(
+                f"the prompt {text!r} has {len(words)} words, "
+                f"and this model reads at most {most}: shorten it"
+            )
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The words before <eos>, without <bos> and <pad>."""
+        ids = takewhile(lambda i: i != EOS, ids)
+        return " ".join(self.words[i] for i in ids if i not in (PAD, BOS))
