@@ -1,6 +1,7 @@
 """The experiments of RESULTS.md: runs of train.py (see variants.py), scores, tables and pictures.
 
     python experiments.py controls --seeds 0 1 2 --n 64    # assets/controls.md and .png
+    python experiments.py controls --seeds 0 --picture     # only the picture
     python experiments.py plot                             # assets/bars.svg and ablations.svg
     python experiments.py train --variant features --stage reca --init_from out/pretrain.pt
 
@@ -232,31 +233,38 @@ def read_scores(row: str, seed: int, measure: Callable, args) -> dict:
     return scores
 
 
+def choose_rows(name: str, args) -> dict[str, str]:
+    """The rows of an experiment that --runs and --encoder leave: {title: run/checkpoint}."""
+    names = EXPERIMENTS[name].rows.split()
+    names = [row for row in names if args.encoder or not row.startswith("clip/")]
+    runs = list(dict.fromkeys(row.split("/")[0] for row in names))
+    chosen = args.runs.split() or runs
+    unknown = set(chosen) - set(runs)
+    if unknown:
+        raise ValueError(f"--runs: {name} has no run {min(unknown)}, it has {' '.join(runs)}")
+    return expand_rows([row for row in names if row.split("/")[0] in chosen])
+
+
 def run_experiment(name: str, args) -> None:
     """Trains and scores what is missing, then writes assets/NAME.md and a picture."""
-    names, columns, measure, picture = EXPERIMENTS[name]
-    names = [row for row in names.split() if args.encoder or not row.startswith("clip/")]
-    known = list(dict.fromkeys(row.split("/")[0] for row in names))
-    chosen = args.runs.split() or known
-    unknown = set(chosen) - set(known)
-    if unknown:
-        raise ValueError(f"--runs: {name} has no run {min(unknown)}, it has {' '.join(known)}")
-    rows = expand_rows([row for row in names if row.split("/")[0] in chosen])
-    scores = {title: [] for title in rows}
-    for seed in args.seeds:
-        for title, row in rows.items():
-            scores[title].append(read_scores(row, seed, measure, args))
-
-    command = f"python experiments.py {name} --seeds {' '.join(map(str, args.seeds))} --n {args.n}"
-    for option in ("runs", "train", "encoder", "data_dir"):
-        if getattr(args, option):
-            command += f" --{option}={shlex.quote(getattr(args, option))}"
-    text = f"`{command}`\n\n{markdown_table(scores, columns)}"
-    if name == "broccoli":
-        text += color_table(scores)
+    _, columns, measure, picture = EXPERIMENTS[name]
+    rows = choose_rows(name, args)
     ASSETS.mkdir(exist_ok=True)
-    (ASSETS / f"{name}.md").write_text(text)
-    print(text)
+    if not args.picture:
+        scores = {title: [] for title in rows}
+        for seed in args.seeds:
+            for title, row in rows.items():
+                scores[title].append(read_scores(row, seed, measure, args))
+        seeds = " ".join(map(str, args.seeds))
+        command = f"python experiments.py {name} --seeds {seeds} --n {args.n}"
+        for option in ("runs", "train", "encoder", "data_dir"):
+            if getattr(args, option):
+                command += f" --{option}={shlex.quote(getattr(args, option))}"
+        text = f"`{command}`\n\n{markdown_table(scores, columns)}"
+        if name == "broccoli":
+            text += color_table(scores)
+        (ASSETS / f"{name}.md").write_text(text)
+        print(text)
     if picture:
         checkpoints = [load(row, args.seeds[0], args) for row in rows.values()]
         picture(checkpoints, list(rows), ASSETS / f"{name}.png", args.seeds[0])
@@ -385,6 +393,7 @@ def main(argv=None) -> None:
     add("name", choices=[*EXPERIMENTS, "plot"], help="an experiment; plot: draw its tables")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of runs, prompts and noise")
     add("--n", type=int, default=64, help="cases of each category (64)")
+    add("--picture", action="store_true", help="only the picture, of the first seed")
     add("--runs", default="", help='a part of an experiment: --runs="main ar"')
     add("--out_dir", default="experiments", help="where runs are, as s0/main, s0/pixels, ...")
     add("--train", default="", help='more options of all runs: --train="--reca_steps 5"')

@@ -240,6 +240,15 @@ def test_a_part_of_an_experiment(copy):
     ]
 
 
+def test_a_picture_alone_leaves_the_table(copy):
+    Path("assets").mkdir()
+    Path("assets/copy.md").write_text("table of three seeds")
+    copy.start("--picture")
+    assert Path("assets/copy.md").read_text() == "table of three seeds"
+    assert copy.calls() == [train_call(0, "pixels")], "of the first seed"
+    assert copy.drawn[0][2] == "assets/copy.png"
+
+
 def test_what_a_run_starts_from_is_trained_before_it(copy):
     args = SimpleNamespace(out_dir="experiments", n=5, train="", encoder="", data_dir="")
     train_if_missing("pixels", 2, args)
