@@ -2,7 +2,7 @@
 
 As in CoCa (arXiv 2205.01917) and SigLIP 2 (arXiv 2502.14786). It is not used after that stage.
 
-# B batch, T caption length, D width, V words, D_enc width of the encoder
+# B batch, T caption length, N patch tokens, D width, V words, D_enc width of the encoder
 """
 
 import math
@@ -23,33 +23,22 @@ class TextDecoder(nn.Module):
     """
 
     def __init__(
-        self,
-        vocab_size: int,
-        text_len: int,
-        width: int,
-        encoder_width: int,
-        num_text_blocks: int = 1,
-        num_cross_blocks: int = 2,
-        heads: int = 4,
+        self, vocab_size, text_len, width, encoder_width, text_depth=1, cross_depth=2, heads=4
     ):
         super().__init__()
-        self.num_text_blocks = num_text_blocks
+        self.text_depth = text_depth
         self.wte = nn.Embedding(vocab_size, width)
         self.text_pos = nn.Parameter(torch.empty(text_len, width))
-        text_blocks = [Block(width, heads) for _ in range(num_text_blocks)]
-        cross_blocks = [Block(width, heads, encoder_width) for _ in range(num_cross_blocks)]
-        self.blocks = nn.ModuleList(text_blocks + cross_blocks)
+        blocks = [Block(width, heads) for _ in range(text_depth)]
+        blocks += [Block(width, heads, encoder_width) for _ in range(cross_depth)]
+        self.blocks = nn.ModuleList(blocks)
         self.norm_text = LayerNorm(width)
         self.norm = LayerNorm(width)
         self.text_proj = Linear(width, encoder_width)
         self.lm_head = Linear(width, vocab_size)
-        # the scale and bias of the sigmoid loss
+        # the scale and bias of the sigmoid loss: 10 and -10 (arXiv 2303.15343, section 3.2)
         self.log_scale = nn.Parameter(torch.empty(()))
         self.bias = nn.Parameter(torch.empty(()))
-        self.init_weights()
-
-    def init_weights(self):
-        """Scale 10 and bias -10 as in SigLIP (arXiv 2303.15343, section 3.2)."""
         for p in self.parameters():
             if p.ndim == 1:
                 nn.init.ones_(p)
@@ -61,17 +50,14 @@ class TextDecoder(nn.Module):
         nn.init.constant_(self.bias, -10)
 
     def forward(self, ids, patch_tokens):
-        """Captions (B, T), patch tokens (B, tokens, D_enc) -> text embedding, next-word logits.
-
-        The embedding is (B, D_enc), the logits are (B, T, V).
-        """
+        """Captions (B, T), patch tokens (B, N, D_enc) -> embedding (B, D_enc), logits (B, T, V)."""
         x = self.wte(ids) + self.text_pos[: ids.shape[1]]  # (B, T, D)
         mask = causal_mask(ids.shape[1], ids.device)
-        for block in self.blocks[: self.num_text_blocks]:
+        for block in self.blocks[: self.text_depth]:
             x = block(x, mask=mask)
         rows = torch.arange(len(x), device=x.device)
         end = (ids == EOS).int().argmax(1)  # (B,)
         embedding = self.text_proj(self.norm_text(x[rows, end]))  # (B, D_enc)
-        for block in self.blocks[self.num_text_blocks :]:
+        for block in self.blocks[self.text_depth :]:
             x = block(x, mask=mask, context=patch_tokens)
         return embedding, self.lm_head(self.norm(x))

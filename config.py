@@ -1,17 +1,12 @@
-"""The options of train.py: one dataclass, the command line made from it, and the checks of both.
+"""The options of train.py: one dataclass, the command line made from it, and the checks of both."""
 
-An option given on the command line wins over the preset of the data set, and that over the default.
-"""
-
-import argparse
 import difflib
-import math
 import os
-import re
 import sys
 import textwrap
-from argparse import RawDescriptionHelpFormatter
-from dataclasses import asdict, dataclass, field, fields, replace
+from argparse import SUPPRESS, ArgumentParser, BooleanOptionalAction, RawDescriptionHelpFormatter
+from dataclasses import asdict, dataclass, field, fields
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -45,7 +40,6 @@ class Config:
     workers: int = option("data", -1, "loader processes; -1: none for shapes, else one a core")
     cache_dir: str = option("data", "", "folder of file lists and features; empty: ~/.cache/reca")
     cache_features: bool = option("data", False, "compute the encoder's features once; no flips")
-
     paradigm: str = option("model", "flow", "how images are generated", list(PARADIGMS))
     encoder: str = option("model", "scratch", "scratch, random (untrained), clip-b16, ..., a path")
     encoder_size: int = option("model", 0, "side of the encoder's input, in pixels; 0: image_size")
@@ -54,7 +48,6 @@ class Config:
     depth: int = option("model", 6, "blocks of the transformer")
     heads: int = option("model", 4, "attention heads")
     noise_scale: float = option("model", 2.0, "flow, mar: std of the noise; images: -1 to 1")
-
     stage: str = option("stages", "all", "one stage, or all of them", ["all", *STAGE_NAMES])
     init_from: str = option("stages", "", "checkpoint of an earlier stage to start from")
     resume: bool = option("stages", False, "go on with the run in --out_dir, with its settings")
@@ -62,7 +55,6 @@ class Config:
     pretrain_steps: int = option("stages", 2800, "steps of the pretrain stage")
     align_steps: int = option("stages", 250, "steps of the align stage")
     reca_steps: int = option("stages", 1000, "steps of the reca stage, and of sft")
-
     batch_size: int = option("optimisation", 32, "images a step; other batches are shares of it")
     repeats_per_image: int = option("optimisation", 2, "noises or masks of an image in a step")
     grad_accum_steps: int = option("optimisation", 1, "micro-batches of a step, to save memory")
@@ -72,16 +64,13 @@ class Config:
     reca_lr: float = option("optimisation", 2e-3, "peak learning rate of reca, and of sft")
     warmup: int = option("optimisation", 100, "steps of linear warm-up")
     ema: float = option("optimisation", 0.0, "decay of the weights' moving average; 0: none")
-
     i2t: float = option("loss", 0.1, "weight of image -> caption in sft and reca")
     replay: float = option("loss", 1.0, "weight of pretrain's pairs in sft, reca; paper: 0")
-
     device: str = option("device", "auto", "auto: a GPU if there is one", ["auto", "cpu", "cuda"])
     dtype: str = option("device", "auto", "of autocast; auto: 16 bits on a GPU, else 32", DTYPES)
     compile: str = option("device", "auto", "torch.compile; auto: on a GPU", ["auto", "on", "off"])
     checkpoint_activations: bool = option("device", False, "recompute activations; saves memory")
     shard: bool = option("device", False, "FSDP2: shard the weights over the processes")
-
     out_dir: str = option("run", "out", "folder of checkpoints, logs, tables and pictures")
     seed: int = option("run", 0, "of weights, data order and noise")
     smoke: bool = option("run", False, "the whole path with very few steps")
@@ -91,8 +80,7 @@ class Config:
     eval_n: int = option("run", 64, "prompts of each category in the report")
 
 
-# noise_scale: with less noise, a photograph's layout and colors stay visible at nearly all t that
-# training draws, and the caption is ignored.
+# noise_scale: with less, nearly every t shows a photograph's layout, and captions are ignored.
 PHOTOS = dict(image_size=64, patch_size=8, noise_scale=3.0, width=384, depth=12, heads=6)
 PHOTOS |= dict(text_len=33, encoder="clip-b16", pretrain_lr=1e-3, reca_lr=2e-4, eval_n=1000)
 LARGE = dict(patch_size=16, width=768, heads=12)  # JiT-B's sizes, arXiv 2511.13720
@@ -108,12 +96,6 @@ RESUME_OVERRIDES = {*STEPS, *RATES, "resume", "out_dir", "data_dir", "cache_dir"
 RESUME_OVERRIDES |= {"device", "dtype", "compile", "checkpoint_activations", "shard"}
 RESUME_OVERRIDES |= {"grad_accum_steps", "save_every", "log_every", "eval_n"}
 
-# The ranges of the options, see `validate`.
-AT_LEAST_1 = ["image_size", "patch_size", "width", "depth", "heads", "batch_size"]
-AT_LEAST_1 += ["repeats_per_image", "grad_accum_steps", "save_every", "log_every", "eval_n"]
-AT_LEAST_0 = [*STEPS, "warmup", "encoder_size", "i2t", "replay"]
-POSITIVE = [*RATES, "noise_scale"]
-
 
 def print0(message: str) -> None:
     """Prints in the first process alone."""
@@ -128,45 +110,33 @@ def exit_with_error(message: str):
     raise SystemExit(2)
 
 
-class Parser(argparse.ArgumentParser):
-    """Answers an unknown option with the nearest known one."""
-
+class Parser(ArgumentParser):
     def error(self, message):
-        unknown = message.partition("unrecognized arguments: ")[2]
-        near = difflib.get_close_matches(
-            re.split("[ =]", unknown)[0], self._option_string_actions, 1
-        )
+        unknown = message.partition("unrecognized arguments: ")[2].replace("=", " ").split(" ")[0]
+        near = difflib.get_close_matches(unknown, self._option_string_actions, 1)
         hint = f"; did you mean {near[0]}?" if near else ""
         exit_with_error(f"{message}{hint} (python {Path(self.prog).name} --help lists the options)")
 
 
-def presets_text() -> str:
-    """The end of --help: which options a preset changes."""
-    lines = ["presets (an option that is given wins over them):"]
+def parse_config(argv, description: str = "") -> tuple[Config, dict]:
+    """The settings of a command line, and the options it gives: they win over presets."""
+    epilog = "presets (an option that is given wins over them):"
     for name, preset in PRESETS.items():
         changes = " ".join(f"--{key} {value}" for key, value in preset.items())
-        lines.append(textwrap.fill(f"  {name}: {changes}", 96, subsequent_indent="    "))
-    return "\n".join(lines)
-
-
-def parse_config(argv, description: str = "") -> tuple[Config, dict]:
-    """The settings of a command line, and the options that it gives itself."""
-    texts = {"usage": "%(prog)s [options]", "description": description, "epilog": presets_text()}
+        epilog += "\n" + textwrap.fill(f"  {name}: {changes}", 96, subsequent_indent="    ")
+    texts = {"usage": "%(prog)s [options]", "description": description, "epilog": epilog}
     parser = Parser(allow_abbrev=False, formatter_class=RawDescriptionHelpFormatter, **texts)
-    groups = {}
+    group = cache(parser.add_argument_group)  # makes each once
     for f in fields(Config):
-        name = f.metadata["group"]
-        groups[name] = groups.get(name) or parser.add_argument_group(name)
         kind = {"type": f.type, "choices": f.metadata["choices"]}
         if f.type is bool:
-            kind = {"action": argparse.BooleanOptionalAction}
+            kind = {"action": BooleanOptionalAction}
         text = f"{f.metadata['help']} (default: {f.default!r})"
-        groups[name].add_argument(f"--{f.name}", default=argparse.SUPPRESS, help=text, **kind)
+        group(f.metadata["group"]).add_argument(f"--{f.name}", default=SUPPRESS, help=text, **kind)
     given = vars(parser.parse_args(argv))
     preset = {}
     if given.get("dataset", "shapes") != "shapes":
-        preset |= PHOTOS
-        preset |= LARGE if given.get("image_size", 0) >= 128 else {}
+        preset = PHOTOS | (LARGE if given.get("image_size", 0) >= 128 else {})
     preset |= SMOKE if given.get("smoke") else {}
     return Config(**(preset | given)), given
 
@@ -175,34 +145,30 @@ def resume_config(cfg: Config, given: dict, saved: dict) -> Config:
     """The settings of the run that is resumed, but for the RESUME_OVERRIDES that are given."""
     run = f"the run in {cfg.out_dir}"
     settings = saved.get("config", {})
-    overrides = {"out_dir": cfg.out_dir, "resume": True}
     for name, value in given.items():
-        if name in RESUME_OVERRIDES:
-            overrides[name] = value
-        elif value != settings.get(name, value):
+        if name not in RESUME_OVERRIDES and value != settings.get(name, value):
             text = f"{run} has {settings[name]}, and --resume goes on with that"
             exit_with_error(f"--{name} {value}: {text}; leave it out, or start a new run")
     if settings.keys() != asdict(cfg).keys():
         exit_with_error(f"{run} is of another version of this code: start a new one")
-    return replace(cfg, **(settings | overrides))
+    return Config(**(settings | given | {"out_dir": cfg.out_dir, "resume": True}))
 
 
 def validate(cfg: Config) -> None:
-    """Ends with a sentence for what can be known to be wrong before any work starts.
-
-    What is wrong with images, weights and checkpoints is found where they are read.
-    """
+    """Ends with a sentence for what can be known to be wrong before any file is read."""
 
     def require(holds: bool, name: str, what: str) -> None:
         if not holds:
             exit_with_error(f"--{name} is {getattr(cfg, name)}, it must be {what}")
 
-    for name in AT_LEAST_1:
+    counts = ["image_size", "patch_size", "width", "depth", "heads", "batch_size"]
+    counts += ["repeats_per_image", "grad_accum_steps", "save_every", "log_every", "eval_n"]
+    for name in counts:
         require(getattr(cfg, name) >= 1, name, "at least 1")
-    for name in AT_LEAST_0:
-        require(0 <= getattr(cfg, name) < math.inf, name, "a number, at least 0")
-    for name in POSITIVE:
-        require(0 < getattr(cfg, name) < math.inf, name, "a positive number")
+    for name in [*STEPS, "warmup", "encoder_size", "i2t", "replay"]:
+        require(0 <= getattr(cfg, name) < torch.inf, name, "a number, at least 0")
+    for name in [*RATES, "noise_scale"]:
+        require(0 < getattr(cfg, name) < torch.inf, name, "a positive number")
     require(0 <= cfg.ema < 1, "ema", "in [0, 1)")
     require(cfg.workers >= -1, "workers", "-1 or more")
     require(0 <= cfg.seed < 2**32, "seed", "at least 0 and below 2^32")

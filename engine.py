@@ -1,27 +1,23 @@
 """What train.py runs on: device and precision, processes, optimizers, and the files of a run.
 
 Nothing of RecA is here: losses are in recon_loss.py, stages and the training loop in train.py.
-Under torchrun the processes train together with DDP, with --shard with FSDP2; each draws its own
-noise, so a run resumes bit-exactly with as many processes as before.
+Under torchrun the processes train together with DDP; each draws its own noise, so a run resumes
+bit-exactly with as many processes as before.
 """
 
-import fcntl
 import json
 import math
 import os
-import resource
-import time
+import re
+import sys
 import zipfile
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, fields
 from functools import partial
-from itertools import product
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
@@ -30,44 +26,66 @@ import config
 from captioner import TextDecoder
 from config import LOCAL_RANK, LOCAL_WORLD_SIZE, RANK, WORLD_SIZE, exit_with_error, print0
 from data import make_dataset
-from encoder import ViT, ViTConfig, scratch_config
+from encoder import ViT, scratch_config
 from feature_cache import cache_features, encoder_fingerprint
 from model import ModelConfig, UnifiedModel, resize_for_encoder
 from pretrained import load_encoder
 from sample import FORMAT, read_checkpoint
-from words import SPECIALS, Vocabulary
+
+try:
+    import fcntl
+    import resource
+except ImportError:  # Windows: a folder is not locked, and the log's gigabytes are 0 on a CPU
+    fcntl = resource = None
 
 KEEP_STATES = 2  # how many of the newest states stay on disk
-BENCH_WARMUP = 5  # steps before those that --bench measures
-BENCH_STEPS = 20
-# Dense FLOP/s in 16 bits, from the makers' data sheets; longer names before their prefixes
-PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12}
-PEAK_FLOPS |= {"L4": 121e12, "RTX 4090": 165e12, "RTX 3090": 71e12, "V100": 125e12, "T4": 65e12}
+POLL_EVERY = 10  # steps after which several processes ask each other for a signal
+RNG_MODULES = {"cpu": torch, "cuda": torch.cuda, "mps": torch.mps}
+# Dense FLOP/s in 16 bits from the makers' data sheets, by the names that DeviceConfig looks up
+PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H200 NVL": 835e12, "H100": 989e12}
+PEAK_FLOPS |= {"H100 NVL": 835e12, "H100 PCIE": 756e12, "A100": 312e12, "A100 PCIE": 312e12}
+PEAK_FLOPS |= {"L40S": 362e12, "L40": 181e12, "L4": 121e12, "RTX 4090": 165e12, "RTX 3090": 71e12}
+PEAK_FLOPS |= {"V100": 125e12, "V100 PCIE": 112e12, "T4": 65e12}
 
 
 # ---------------------------------------------------------------- device and processes
 class DeviceConfig:
-    """Where the work is done and in which precision; weights and optimizers stay in float32."""
+    """Where the work is done and in which precision; weights and optimizers stay in float32.
+
+    auto is CUDA in 16 bits and compiled; else Apple's mps for one process, else the CPU, both in
+    float32 and not compiled. bfloat16 only where the card computes in it: not on V100 and T4.
+    """
 
     def __init__(self, cfg):
-        use_cuda = cfg.device == "cuda" or (cfg.device == "auto" and torch.cuda.is_available())
-        self.device = torch.device("cuda", LOCAL_RANK) if use_cuda else torch.device("cpu")
-        self.device_name = f"CPU, {torch.get_num_threads()} threads"
+        has_mps = torch.mps.is_available() and WORLD_SIZE == 1
+        best = "cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu"
+        kind = best if cfg.device == "auto" else cfg.device
+        is_cuda = kind == "cuda"
+        self.device = torch.device(kind, LOCAL_RANK) if is_cuda else torch.device(kind)
+        self.device_name = f"{kind.upper()}, {torch.get_num_threads()} threads"
         dtype = "float32"
-        if use_cuda:
+        if is_cuda:
             torch.cuda.set_device(self.device)
             self.device_name = torch.cuda.get_device_name(self.device)
-            dtype = "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
+            is_fast = torch.cuda.is_bf16_supported(including_emulation=False)
+            dtype = "bfloat16" if is_fast else "float16"
         self.dtype = getattr(torch, dtype if cfg.dtype == "auto" else cfg.dtype)
         if WORLD_SIZE > 1 and not dist.is_initialized():
-            dist.init_process_group("cpu:gloo,cuda:nccl" if use_cuda else "gloo")
+            dist.init_process_group("cpu:gloo,cuda:nccl" if is_cuda else "gloo")
         # "high" is TF32; "medium" on a CPU is oneDNN, which with AMX rounds factors to bfloat16
-        torch.set_float32_matmul_precision("high" if use_cuda else "medium")
+        torch.set_float32_matmul_precision("high" if is_cuda else "medium")
         # on a CPU, attention as plain matrix products is faster
-        torch.backends.cuda.enable_flash_sdp(use_cuda)
-        is_wanted = cfg.compile == "on" or (cfg.compile == "auto" and use_cuda)
+        torch.backends.cuda.enable_flash_sdp(is_cuda)
+        is_wanted = cfg.compile == "on" or (cfg.compile == "auto" and is_cuda)
         self.compile = is_wanted and can_compile(self.device)
-        self.peak_flops = next((x for n, x in PEAK_FLOPS.items() if n in self.device_name), None)
+        # the whole name has to fit: an H100 NVL is no H100
+        card = re.sub(r"NVIDIA|TESLA|GEFORCE|SXM\d?|HBM\w+|\d+GB|-", " ", self.device_name.upper())
+        self.peak_flops = PEAK_FLOPS.get(" ".join(card.split()))
+
+    def move(self, x: torch.Tensor) -> torch.Tensor:
+        """A tensor on the device. Bytes are pixels: they become floats in [0, 1] there."""
+        x = x.to(self.device, non_blocking=True)
+        return x / 255 if x.dtype == torch.uint8 else x
 
     def autocast(self):
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
@@ -76,10 +94,13 @@ class DeviceConfig:
         return torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
 
     def peak_gigabytes(self) -> float:
-        """The most memory in use so far: of the GPU, or of this process."""
+        """The most memory in use so far, of the GPU (mps: in use now) or of this process."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated() / 2**30
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        if self.device.type == "mps":
+            return torch.mps.driver_allocated_memory() / 2**30
+        used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss if resource else 0
+        return used / (2**30 if sys.platform == "darwin" else 2**20)  # bytes on macOS, else KiB
 
 
 def can_compile(device: torch.device) -> bool:
@@ -110,32 +131,22 @@ def all_gather(x: torch.Tensor) -> list[torch.Tensor]:
     return gathered
 
 
-def gather_full(tree):
-    """A tree of tensors; those sharded over the processes are put together."""
-    return tree_map(lambda x: x.full_tensor() if isinstance(x, DTensor) else x, tree)
-
-
-def shard_like(value, other):
-    """A full tensor, sharded over the processes if `other` is."""
-    if not isinstance(other, DTensor):
-        return value
-    return distribute_tensor(value.to(other.device), other.device_mesh, other.placements)
-
-
-def wrap_model(loss_module: nn.Module, device_config: DeviceConfig, shard: bool) -> nn.Module:
-    """torch.compile (shapes are static: one graph a stage), and DDP or FSDP2."""
-    if shard:
+def wrap_model(loss_module: nn.Module, cfg, device_config: DeviceConfig) -> nn.Module:
+    """Activation checkpoints, torch.compile (static shapes: one graph a stage), and DDP."""
+    if cfg.checkpoint_activations:
+        options = {"use_reentrant": False, "preserve_rng_state": False}
         for block in loss_module.parts["model"].blocks:
-            fully_shard(block)
-            if device_config.compile:
-                block.compile(dynamic=False)
-        small = nn.ModuleList([loss_module.parts["encoder"], loss_module.parts["text_decoder"]])
-        return fully_shard(loss_module, ignored_params=set(small.parameters()))
+            block.forward = partial(checkpoint, block.forward, **options)
     if device_config.compile:
         loss_module.compile(dynamic=False)
     if WORLD_SIZE == 1:
         return loss_module
-    return nn.parallel.DistributedDataParallel(loss_module, static_graph=True)
+    # a stage may train weights without a gradient; a static graph does not go with no_sync
+    is_static = cfg.grad_accum_steps == 1
+    options = {"static_graph": is_static, "find_unused_parameters": not is_static}
+    options |= {"gradient_as_bucket_view": True, "broadcast_buffers": False}
+    device_ids = [LOCAL_RANK] if device_config.device.type == "cuda" else None
+    return nn.parallel.DistributedDataParallel(loss_module, device_ids, **options)
 
 
 def make_optimizers(named_parameters) -> list[torch.optim.Optimizer]:
@@ -156,19 +167,25 @@ def micro_batch(batch: dict, i: int, n: int) -> dict:
     return tree_map(lambda x: x.chunk(n)[i], batch)
 
 
-def count_flops(loss_module, batch: dict, device_config: DeviceConfig, n: int) -> tuple[int, int]:
-    """FLOPs (a multiply-add is 2) and transformer tokens of a step of n micro-batches."""
+def count_flops(loss_module, batch: dict, device_config: DeviceConfig) -> tuple[int, int]:
+    """FLOPs (a multiply-add is 2) and transformer tokens of a step, measured on a few images.
+
+    What the loss and its gradient need: not the optimizers, nor activations that are computed
+    again. Attention counts in full, also where its mask hides a part.
+    """
+    n = min(len(part["image"]) for part in batch.values())  # one image of the smallest batch
+    blocks = loss_module.parts["model"].blocks
+    for block in blocks:
+        vars(block).pop("forward", None)  # the checkpoint of `wrap_model`
     tokens = []
-
-    def count_tokens(block, inputs, output):
-        tokens.append(output.shape[0] * output.shape[1])
-
-    hook = loss_module.parts["model"].blocks[0].register_forward_hook(count_tokens)
+    hook = blocks[0].register_forward_hook(lambda *call: tokens.append(call[-1][..., 0].numel()))
     with FlopCounterMode(display=False) as counter, device_config.autocast():
         loss, _ = loss_module(micro_batch(batch, 0, n))
         loss.backward()
     hook.remove()
     loss_module.zero_grad()
+    if device_config.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
     return n * counter.get_total_flops(), n * sum(tokens)
 
 
@@ -183,8 +200,10 @@ class Interrupt:
             raise SystemExit(128 + number)
         self.asked = number
 
-    def agreed(self) -> int:
+    def agreed(self, step: int) -> int:
         """The signal that any process has got, else 0: all stop after the same step."""
+        if WORLD_SIZE > 1 and step % POLL_EVERY:
+            return 0
         return int(all_reduce(torch.tensor(self.asked), dist.ReduceOp.MAX))
 
 
@@ -220,15 +239,11 @@ class TrainState:
 
         # an image size that the encoder cannot read is an error now, not when align begins
         self.encode(torch.zeros(1, 3, cfg.image_size, cfg.image_size))
-        if cfg.checkpoint_activations:
-            options = {"use_reentrant": False, "preserve_rng_state": False}
-            for block in self.model.blocks:
-                block.forward = partial(checkpoint, block.forward, **options)
 
     @torch.no_grad()
     def encode(self, images: torch.Tensor) -> torch.Tensor:
         """Images (B, 3, H, W) -> patch tokens of the encoder (B, tokens, D_enc)."""
-        images = resize_for_encoder(images.to(self.device_config.device), self.cfg.encoder_size)
+        images = resize_for_encoder(self.device_config.move(images), self.cfg.encoder_size)
         with self.device_config.autocast():
             return self.encoder(images).patch_tokens
 
@@ -244,16 +259,15 @@ class TrainState:
         return cache_features(dataset, self.encode, fingerprint, *options)
 
     def checkpoint(self, stage: str, step: int) -> dict:
-        """What sample.py, evaluate.py and a later stage read; --shard: in all processes."""
-        model = gather_full(self.model.state_dict())
-        ema = model | gather_full(self.average) if self.average else None
+        """What sample.py, evaluate.py and a later stage read."""
+        model = self.model.state_dict()
         encoder = {"name": self.cfg.encoder, "config": None, "state": None}
         if not self.is_public:
             encoder |= {"config": asdict(self.encoder.cfg), "state": self.encoder.state_dict()}
         saved = {"format": FORMAT, "stage": stage, "step": step, "config": asdict(self.cfg)}
         saved |= {"model_class": type(self.model).__name__, "model_config": asdict(self.model.cfg)}
-        saved |= {"model": model, "ema": ema, "encoder": encoder}
-        return saved | {"vocabulary": self.vocabulary.words}
+        saved |= {"model": model, "ema": model | self.average if self.average else None}
+        return saved | {"encoder": encoder, "vocabulary": self.vocabulary.words}
 
     def load_checkpoint(self, path, starts_from: str = "") -> None:
         """Starts from the weights of a checkpoint of stage `starts_from`, or of a later one."""
@@ -261,10 +275,9 @@ class TrainState:
         try:
             theirs = saved["model_config"] | {"encoder": saved["encoder"]["name"]}
             ours = asdict(self.model.cfg) | {"encoder": self.cfg.encoder}
-            differ = []
-            for name, value in ours.items():
-                if theirs.get(name) != value and name not in ("repeats_per_image", "eta"):
-                    differ.append(f"{name} is {theirs.get(name)} there and {value} here")
+            names = [name for name in ours if theirs.get(name) != ours[name]]
+            names = [name for name in names if name not in ("repeats_per_image", "eta")]
+            differ = [f"{name} is {theirs.get(name)} there and {ours[name]} here" for name in names]
             if saved["vocabulary"] != self.vocabulary.words:
                 differ.append("it was trained on other words")
             if differ:
@@ -286,18 +299,15 @@ class TrainState:
 
     def save_state(self, stage: str, step: int, optimizers, scaler, history: list) -> None:
         """All that --resume needs to go on bit-exactly; a batch depends on seed and step alone."""
-        state = self.checkpoint(stage, step)
         parts = self.parts.state_dict()
         if self.is_public:
             parts = {name: x for name, x in parts.items() if not name.startswith("encoder.")}
-        state |= {"parts": gather_full(parts), "average": gather_full(self.average)}
-        state["optimizers"] = [gather_full(optimizer.state_dict()) for optimizer in optimizers]
+        state = self.checkpoint(stage, step) | {"parts": parts, "average": self.average}
+        state["optimizers"] = [optimizer.state_dict() for optimizer in optimizers]
         state |= {"scaler": scaler.state_dict(), "history": history, "seconds": self.seconds}
-        # the noise of each process
-        state["rng"] = {"cpu": all_gather(torch.get_rng_state()), "cuda": []}
-        if self.device_config.device.type == "cuda":
-            state["rng"]["cuda"] = all_gather(torch.cuda.get_rng_state())
-        save(state, self.out / f"state-{config.STAGE_NAMES.index(stage)}-{stage}-{step:07}.pt")
+        kinds = dict.fromkeys(["cpu", self.device_config.device.type])  # the noise of each process
+        state["rng"] = {kind: all_gather(RNG_MODULES[kind].get_rng_state()) for kind in kinds}
+        self.save(state, f"state-{config.STAGE_NAMES.index(stage)}-{stage}-{step:07}.pt")
         if RANK == 0:
             for old in find_states(self.out)[KEEP_STATES:]:
                 old.unlink()
@@ -305,40 +315,48 @@ class TrainState:
     def restore(self, saved: dict, optimizers, scaler) -> list[torch.Tensor]:
         """All but the weights of a state. Returns the values of the steps since the last log."""
         for name, value in saved["average"].items():
-            self.average[name].copy_(shard_like(value, self.average[name]))
+            self.average[name].copy_(value)
         for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
-            parameters = [p for group in optimizer.param_groups for p in group["params"]]
-            for i, moments in state["state"].items():
-                for key, value in moments.items():
-                    if value.shape == parameters[i].shape:
-                        moments[key] = shard_like(value, parameters[i])
             optimizer.load_state_dict(state)
         if saved["scaler"]:  # empty unless the run was in float16
             scaler.load_state_dict(saved["scaler"])
-        # a process that the state knows nothing of keeps the generator that its stage seeded
-        if len(saved["rng"]["cpu"]) > RANK:
-            torch.set_rng_state(saved["rng"]["cpu"][RANK])
-        if len(saved["rng"]["cuda"]) > RANK and self.device_config.device.type == "cuda":
-            torch.cuda.set_rng_state(saved["rng"]["cuda"][RANK])
+        for kind, states in saved["rng"].items():
+            # a process that the state knows nothing of keeps the generator that its stage seeded
+            if kind in ("cpu", self.device_config.device.type) and len(states) > RANK:
+                RNG_MODULES[kind].set_rng_state(states[RANK])
         return saved["history"]
+
+    def save(self, saved: dict, name: str) -> None:
+        """Saves in the first process, the others wait. Atomic: the old file or the new one."""
+        path = self.out / name
+        temporary = self.out / f"{name}.tmp"
+        try:
+            if RANK == 0:
+                with open(temporary, "wb") as file:
+                    torch.save(saved, file)
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.replace(temporary, path)
+        except (OSError, RuntimeError) as error:
+            temporary.unlink(missing_ok=True)
+            text = f"{path} could not be written ({first_line(error.__context__ or error)})"
+            exit_with_error(f"{text}: free some space, and go on from the last state with --resume")
+        if WORLD_SIZE > 1:
+            dist.barrier()
 
     def log(self, stage, step, steps, means: dict, lr, rate, flops, tokens) -> None:
         """A line on the screen and in log.jsonl. rate: steps a second; flops, tokens: of a step."""
-        images = rate * self.cfg.batch_size
-        tokens = rate * tokens * WORLD_SIZE
-        memory = self.device_config.peak_gigabytes()
+        images, tokens, flops = rate * self.cfg.batch_size, rate * tokens * WORLD_SIZE, rate * flops
         peak = self.device_config.peak_flops
-        mfu = rate * flops / peak if peak else None
+        mfu = flops / peak if peak else None
+        memory = self.device_config.peak_gigabytes()
+        entry = {"stage": stage, "step": step, **means, "lr": lr, "images_per_second": images}
+        entry |= {"tokens_per_second": tokens, "mfu": mfu, "gigabytes": memory}
         terms = " ".join(f"{term} {x:.4f}" for term, x in means.items() if term != "grad_norm")
         line = f"{stage:8} {step:{len(str(steps))}}/{steps} | {terms} | lr {lr:.1e}"
         line += f" | gnorm {means['grad_norm']:.2f} | {images:.0f} img/s {tokens / 1000:.1f}k tok/s"
         line += f" MFU {mfu:.1%}" if mfu else ""
-        print0(f"{line} | {memory:.1f} GB")
-        entry = {"stage": stage, "step": step, **means, "lr": lr, "images_per_second": images}
-        entry |= {"tokens_per_second": tokens, "mfu": mfu, "gigabytes": memory}
-        if RANK == 0:
-            with open(self.out / "log.jsonl", "a") as file:
-                file.write(json.dumps(entry) + "\n")
+        self.write_log(f"{line} | {memory:.1f} GB", entry)
 
     def reduce_history(self, stage: str, step: int, names: list[str], history: list) -> list:
         """The values of the steps up to `step`, averaged over the processes, on the CPU.
@@ -360,24 +378,6 @@ class TrainState:
 
 
 # ---------------------------------------------------------------- the files of a run
-def save(state: dict, path: Path) -> None:
-    """Saves in the first process, the others wait. Atomic: the file is the old one or the new."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        if RANK == 0:
-            with open(temporary, "wb") as file:
-                torch.save(state, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:
-        temporary.unlink(missing_ok=True)
-        text = f"{path} could not be written ({first_line(error.__context__ or error)})"
-        exit_with_error(f"{text}: free some space, and go on from the last state with --resume")
-    if WORLD_SIZE > 1:
-        dist.barrier()
-
-
 def find_states(out: Path) -> list[Path]:
     """The states of a run, the newest first: their names are in the order of stages and steps."""
     return sorted(out.glob("state-*.pt"), reverse=True)
@@ -422,77 +422,10 @@ def clean_run_dir(out: Path, stages: list[str], saved: dict | None) -> None:
     """Removes what a run of `stages` writes again, from the state `saved` on."""
     for path in [*out.glob("*.pt.tmp"), *([] if saved else find_states(out))]:
         path.unlink()
-    log = out / "log.jsonl"
+    log, temporary = out / "log.jsonl", out / "log.tmp"
+    lines = log.read_text().splitlines() if log.exists() else []
     last = saved["step"] if saved else 0
-    kept = []
-    for line in log.read_text().splitlines() if log.exists() else []:
-        if line.endswith("}"):  # else cut by a kill
-            entry = json.loads(line)
-            is_before = entry["stage"] == stages[0] and entry["step"] <= last
-            if is_before or entry["stage"] not in stages:
-                kept.append(line + "\n")
-    log.with_suffix(".tmp").write_text("".join(kept))
-    os.replace(log.with_suffix(".tmp"), log)
-
-
-# ---------------------------------------------------------------- --bench
-def bench(cfg, model_class, make_loss_module) -> None:
-    """Prints the speed of RecA's step as JSON, and OUT/bench.json: each precision, eager, compiled.
-
-    make_loss_module(state): RecA's loss, with all frozen that it does not train.
-    """
-    known = {}
-    if cfg.dataset != "shapes":  # needs no files: CLIP-B/16's sizes without its weights, any words
-        words = SPECIALS + [str(i) for i in range(2000)]
-        known = {"encoder": ViT(ViTConfig()), "vocabulary": Vocabulary(words)}
-    rows = []
-    for dtype, compile in product(["float32", "bfloat16"], ["off", "on"]):
-        device_config = DeviceConfig(replace(cfg, dtype=dtype, compile=compile))
-        is_possible = device_config.compile == (compile == "on")
-        if is_possible and (compile == "off" or cfg.compile != "off"):
-            state = TrainState(cfg, device_config, model_class, **known)
-            speed = measure_step(state, make_loss_module(state))
-            rows.append({"dtype": dtype, "compiled": device_config.compile} | speed)
-    result = {"device": device_config.device_name, "torch": torch.__version__, "rows": rows}
-    parameters = sum(p.numel() for p in state.model.parameters())
-    text = json.dumps(result | {"parameters": parameters, "settings": asdict(cfg)}, indent=1)
-    (state.out / "bench.json").write_text(text)
-    print(text)
-
-
-def measure_step(state: TrainState, loss_module: nn.Module) -> dict[str, float]:
-    """Speed and memory of a step, without loading data."""
-    cfg = state.cfg
-    device_config = state.device_config
-    is_cuda = device_config.device.type == "cuda"
-    n = cfg.grad_accum_steps
-    optimizers = make_optimizers(state.parts.named_parameters())
-    images = torch.rand(cfg.batch_size, 3, cfg.image_size, cfg.image_size)
-    batch = {"main": {"image": images.to(device_config.device)}}
-    flops, tokens = count_flops(loss_module, batch, device_config, n)
-    loss_module = wrap_model(loss_module, device_config, shard=False)
-
-    def seconds(steps: int) -> float:
-        start = time.time()
-        for _ in range(steps):
-            for i in range(n):
-                with device_config.autocast():
-                    loss, _ = loss_module(micro_batch(batch, i, n))
-                (loss / n).backward()
-            nn.utils.clip_grad_norm_(state.parts.parameters(), 1.0)
-            for optimizer in optimizers:
-                optimizer.step()
-                optimizer.zero_grad()
-        if is_cuda:
-            torch.cuda.synchronize()
-        return time.time() - start
-
-    seconds(BENCH_WARMUP)
-    if is_cuda:
-        torch.cuda.reset_peak_memory_stats()
-    rate = BENCH_STEPS / seconds(BENCH_STEPS)
-    peak = device_config.peak_flops
-    speed = {"steps_per_second": rate, "images_per_second": rate * cfg.batch_size}
-    speed |= {"tokens_per_second": rate * tokens, "teraflops_per_second": rate * flops / 1e12}
-    mfu = rate * flops / peak if peak else None
-    return speed | {"mfu": mfu, "gigabytes": device_config.peak_gigabytes()}
+    with open(temporary, "w") as file:
+        for line in lines:
+            entry = json.loads(line) if line.endswith("}") else {}  # else cut by a kill
+    os.replace(temporary, log)

@@ -5,25 +5,22 @@
 Six categories after GenEval (arXiv 2310.11513), here with a prompt, and more. All are shares in
 [0, 1], but for psnr, which is in dB:
 
-    single, two      "a star", "a star and a circle"
-    counting         "three stars"
-    color            "a green star": an unusual color
-    position         "a star left of a circle"
-    attribute        "a green star and a red cross": two unusual colors
-    overall          the mean of these six
-    dense            three objects, all colors and places (as DPG-Bench, arXiv 2403.05135)
-    edit             the instruction is followed, all else unchanged (as ImgEdit, arXiv 2505.20275);
-                     edit_direct: without saying the edited scene first; edit_KIND: one kind
-    understanding    a caption is true and complete, in any wording; understanding_pairs: of pairs;
-                     _shape, _color, _count, _arrangement: one attribute by itself
-    reconstruction   an image keeps all objects when generated again from its visual words; psnr
-    object_recall    objects of which it keeps shape and color; object_recall_in_place: and cell
-    tokenizer        (ar, mask) images that keep all objects through their codes alone;
-                     tokenizer_psnr; codes_used: codes that occur
+    single, two, counting   "a star", "a star and a circle", "three stars"
+    color, attribute        in unusual colors: "a green star", "a green star and a red cross"
+    position                "a star left of a circle"
+    overall                 the mean of these six
+    dense                   three objects, all colors and places (as DPG-Bench, arXiv 2403.05135)
+    edit, edit_KIND         the instruction is followed, all else unchanged (as ImgEdit, arXiv
+                            2505.20275); edit_direct: without saying the edited scene first
+    understanding           a caption is true and complete, in any wording; _pairs: of pairs;
+                            _shape, _color, _count, _arrangement: one attribute by itself
+    reconstruction, psnr    an image keeps all objects when generated from its visual words
+    object_recall           objects of which it keeps shape and color; _in_place: and cell
+    tokenizer, _psnr        (ar, mask) an image keeps all objects through its codes alone
+    codes_used              codes that occur
 
-No detector is needed: a cell's content is the render that comes nearest in squared error, and an
-image is correct where its cells are exactly what was asked for. Photographs have no such truth, see
-`evaluate_photographs`. What only one experiment measures is in experiments.py.
+No detector is needed: a cell holds the render that comes nearest in squared error, and an image is
+correct where its cells are exactly what was asked for. Photographs: see `evaluate_photographs`.
 
 # B batch, G = GRID * GRID cells, P width of the encoder's pooled features
 """
@@ -39,6 +36,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from einops import rearrange
+from tqdm import tqdm
 
 import shapes
 from data import make_dataset
@@ -48,10 +46,9 @@ from sample import caption_images, edit, load_checkpoint, reconstruct, sample_im
 from shapes import EDITS, GRID, USUAL_COLOR, ParsedCaption, Scene, Shapes, parse_caption, to_grid
 
 ERROR_LIMIT = 0.02  # mean squared error of a known cell; another shape or color is at 0.02 to 0.3
-CATEGORIES = ["single", "two", "counting", "color", "position", "attribute"]
+PHOTOS_AT_A_TIME = 128  # as many as sample.py samples at a time
 
-# A category's kind of scene, the chances of `describe` that its prompts name colors, relations and
-# places, and whether all its colors are unusual.
+# kind of scene, chances of `describe` to name colors, relations and places, only unusual colors
 PROMPTS = {
     "single": ("single", (0, 0, 0), False),
     "two": ("pair", (0, 0, 0), False),
@@ -61,6 +58,7 @@ PROMPTS = {
     "attribute": ("pair", (1, 0, 0), True),
     "dense": ("several", (1, 0, 1), False),
 }
+CATEGORIES = list(PROMPTS)[:6]
 
 
 # ---------------------------------------------------------------- prompts, scenes, and reading them
@@ -82,25 +80,21 @@ def make_edits(n: int, seed: int = 0) -> list[tuple[Scene, str, Scene]]:
     return [shapes.random_edit(rng, EDITS[i % len(EDITS)]) for i, rng in enumerate(rngs)]
 
 
-def make_atlas(loaded) -> torch.Tensor:
-    """All cells that the images of a checkpoint may hold, see shapes.sprites."""
-    return shapes.sprites(loaded.model.cfg.image_size // GRID)
-
-
-def draw_scenes(scenes: list[Scene], atlas) -> torch.Tensor:
+def draw_scenes(scenes: list[Scene], image_size: int) -> torch.Tensor:
     """The true images of scenes, (B, 3, H, W) in [0, 1]."""
     backgrounds = torch.tensor([scene.background for scene in scenes])
-    return shapes.render(torch.tensor(list(map(to_grid, scenes))), backgrounds, atlas)
+    grids = torch.tensor(list(map(to_grid, scenes)))
+    return shapes.render(grids, backgrounds, shapes.sprites(image_size // GRID))
 
 
-def read_cells(images, atlas) -> torch.Tensor:
+def read_cells(images) -> torch.Tensor:
     """Images (B, 3, H, W) in [0, 1] -> cells (B, G) as in shapes.py, -1 where no render is near."""
     cells = rearrange(images, "b k (r h) (c w) -> (b r c) (k h w)", r=GRID, c=GRID)
-    known = atlas.flatten(2).to(images)  # (backgrounds, contents, pixels)
+    known = shapes.sprites(images.shape[-1] // GRID).flatten(2)  # (backgrounds, contents, pixels)
+    known = known.to(images)
     distance = torch.cdist(cells, known, compute_mode="donot_use_mm_for_euclid_dist")
-    error, content = (distance**2 / known.shape[-1]).min(-1)  # both (backgrounds, B G)
-    error = rearrange(error, "g (b n) -> g b n", n=GRID * GRID)
-    content = rearrange(content, "g (b n) -> g b n", n=GRID * GRID)
+    distance = rearrange(distance, "g (b n) c -> g b n c", b=len(images))
+    error, content = (distance**2 / known.shape[-1]).min(-1)  # both (backgrounds, B, G)
     # all cells of an image are read on one background, the one that fits best
     best = error.sum(-1).argmin(0), torch.arange(len(images))
     return torch.where(error[best] < ERROR_LIMIT, content[best], -1)
@@ -110,13 +104,13 @@ def generate_and_check(loaded, prompts: list[str], seed: int) -> tuple[torch.Ten
     """An image of each prompt (B, 3, H, W), and whether it holds exactly what was asked for."""
     noise = torch.Generator().manual_seed(seed)
     images = text_to_image(loaded.model, loaded.vocabulary, prompts, generator=noise)
-    grids = read_cells(images, make_atlas(loaded)).tolist()
+    grids = read_cells(images).tolist()
     return images, list(map(shapes.scene_matches, map(parse_caption, prompts), grids))
 
 
 def caption_scenes(loaded, scenes: list[Scene]) -> list[str]:
     """What a checkpoint says of the true images of scenes."""
-    images = draw_scenes(scenes, make_atlas(loaded))
+    images = draw_scenes(scenes, loaded.model.cfg.image_size)
     return caption_images(loaded.model, loaded.encoder, loaded.vocabulary, images)
 
 
@@ -131,88 +125,76 @@ def wilson_interval(share: float, n: int) -> list[float]:
     return [round((center - half) / scale, 4), round((center + half) / scale, 4)]
 
 
-def accuracy_with_ci(correct: list[bool]) -> tuple[float, int, list[float]]:
-    """Right or wrong for each case, at least one -> share right, cases, interval."""
-    share = sum(correct) / len(correct)
-    return share, len(correct), wilson_interval(share, len(correct))
-
-
 def mean_with_ci(values) -> tuple[float, int, list[float]]:
-    """Numbers that are no shares -> mean, cases, normal interval."""
+    """Mean, cases and interval of one value a case: Wilson's of booleans, of numbers the normal."""
     values = torch.as_tensor(values)
+    n = len(values)
+    if values.dtype == torch.bool:
+        share = values.sum().item() / n
+        return share, n, wilson_interval(share, n)
     mean = values.mean().item()
-    half = 1.96 * values.std().item() / len(values) ** 0.5 if len(values) > 1 else math.inf
-    return mean, len(values), [round(mean - half, 4), round(mean + half, 4)]
+    half = 1.96 * values.std().item() / n**0.5 if n > 1 else math.inf
+    return mean, n, [round(mean - half, 4), round(mean + half, 4)]
 
 
-def psnr_with_ci(images, targets) -> tuple[float, int, list[float]]:
-    """Peak signal-to-noise ratio of images (B, 3, H, W) in [0, 1], in dB, at most 60."""
-    error = (images - targets).square().flatten(1).mean(1)
-    return mean_with_ci(-10 * error.clamp(min=1e-6).log10())
+def summarize(cases: dict) -> dict:
+    """{name: one value a case} -> {name: mean, ..., "cases": {}, "interval": {}}, both by name."""
+    means, counts, intervals = {}, {}, {}
+    for name, values in cases.items():
+        means[name], counts[name], intervals[name] = mean_with_ci(values)
+    return means | {"cases": counts, "interval": intervals}
 
 
-def to_results(metrics: dict[str, tuple]) -> dict:
-    """{name: (value, cases, interval)} -> {name: value, ..., "cases": {}, "interval": {}}."""
-    results = {name: value for name, (value, _, _) in metrics.items()}
-    results["cases"] = {name: cases for name, (_, cases, _) in metrics.items()}
-    results["interval"] = {name: interval for name, (_, _, interval) in metrics.items()}
-    return results
+def write_json(path, results) -> None:
+    """Writes strict JSON: nan and the infinities, which it cannot hold, become null."""
+    strict = json.loads(json.dumps(results), parse_constant=lambda name: None)
+    Path(path).write_text(json.dumps(strict, indent=1, allow_nan=False))
 
 
 # ---------------------------------------------------------------- the shapes world
 @torch.no_grad()
 def evaluate(loaded, n: int = 240, seed: int = 0) -> dict:
     """All scores of a checkpoint: {name: value}, with "cases" and 95% "interval"s by name.
-
-    loaded: see sample.load_checkpoint. Prompts, scenes and noise depend on n and seed alone: two
-    checkpoints are compared on the same ones.
-    """
+    Prompts, scenes and noise depend on n and seed alone: the same ones for all checkpoints."""
     if loaded.config["dataset"] != "shapes":
         return evaluate_photographs(loaded, n, seed)
     test = Shapes("test", loaded.model.cfg.image_size)
     scenes = [test.scene(seed * n + i) for i in range(n)]
-    metrics = text_to_image_metrics(loaded, n, seed)
-    metrics |= understanding_metrics(loaded, scenes)
-    metrics |= reconstruction_metrics(loaded, scenes, seed)
-    metrics |= edit_metrics(loaded, n, seed)
-    if loaded.model.tokenizer:
-        metrics |= tokenizer_metrics(loaded.model, test)
-    overall = sum(metrics[category][0] for category in CATEGORIES) / len(CATEGORIES)
-    return {"overall": overall} | to_results(metrics)
-
-
-def text_to_image_metrics(loaded, n: int, seed: int) -> dict:
-    """The six categories and dense: the share of prompts that are met exactly."""
-    metrics = {}
+    cases = {}
     for category in PROMPTS:
-        _, correct = generate_and_check(loaded, make_prompts(category, n, seed), seed)
-        metrics[category] = accuracy_with_ci(correct)
-    return metrics
+        _, cases[category] = generate_and_check(loaded, make_prompts(category, n, seed), seed)
+    cases |= understanding_cases(loaded, scenes)
+    cases |= reconstruction_cases(loaded, scenes, seed)
+    cases |= edit_cases(loaded, n, seed)
+    if loaded.model.tokenizer:
+        cases |= tokenizer_cases(loaded.model, test)
+    results = summarize(cases)
+    overall = sum(results[category] for category in CATEGORIES) / len(CATEGORIES)
+    return {"overall": overall} | results
 
 
-def understanding_metrics(loaded, scenes: list[Scene]) -> dict:
+def understanding_cases(loaded, scenes: list[Scene]) -> dict:
     """Captions of scenes: true and complete, and by attribute."""
-    correct = defaultdict(list)
+    cases = defaultdict(list)
     for scene, caption in zip(scenes, caption_scenes(loaded, scenes), strict=True):
         parsed = parse_caption(caption)
         is_true = shapes.scene_matches(parsed, to_grid(scene))
         is_right = is_true and shapes.is_complete_caption(parsed)
-        correct["understanding"].append(is_right)
+        cases["understanding"].append(is_right)
         if scene.kind == "pair":
-            correct["understanding_pairs"].append(is_right)
-        for attribute, value in correct_attributes(parsed, scene).items():
-            correct[f"understanding_{attribute}"].append(value)
-    return {name: accuracy_with_ci(values) for name, values in correct.items()}
+            cases["understanding_pairs"].append(is_right)
+        for attribute, is_right in correct_attributes(parsed, scene).items():
+            cases[f"understanding_{attribute}"].append(is_right)
+    return cases
 
 
 def correct_attributes(parsed: ParsedCaption | None, scene: Scene) -> dict[str, bool]:
     """Whether a caption is right on each attribute by itself. A group has no arrangement."""
     said, relations = (parsed.phrases, parsed.relations) if parsed else ((), ())
-    objects = scene.objects
-    correct = {"shape": {p.shape for p in said} == {item.shape for item in objects}}
-    colors = {(item.shape, item.color) for item in objects}
+    colors = {(item.shape, item.color) for item in scene.objects}
+    correct = {"shape": {p.shape for p in said} == {item.shape for item in scene.objects}}
     correct["color"] = {(p.shape, p.color) for p in said} == colors
-    correct["count"] = sum(p.count for p in said) == len(objects)
+    correct["count"] = sum(p.count for p in said) == len(scene.objects)
     if scene.kind != "group":
         colorless = ParsedCaption(tuple(p._replace(color=None) for p in said), relations)
         is_true = shapes.scene_matches(colorless, to_grid(scene))
@@ -221,64 +203,61 @@ def correct_attributes(parsed: ParsedCaption | None, scene: Scene) -> dict[str, 
     return correct
 
 
-def reconstruction_metrics(loaded, scenes: list[Scene], seed: int) -> dict:
+def reconstruction_cases(loaded, scenes: list[Scene], seed: int) -> dict:
     """Scenes generated again from their visual words; recall is counted object by object."""
-    atlas = make_atlas(loaded)
-    images = draw_scenes(scenes, atlas)
+    images = draw_scenes(scenes, loaded.model.cfg.image_size)
     noise = torch.Generator().manual_seed(seed)
     generated = reconstruct(loaded.model, loaded.encoder, images, generator=noise).cpu()
-    grids = read_cells(generated, atlas).tolist()
-    correct = defaultdict(list)
-    for grid, target in zip(grids, map(to_grid, scenes), strict=True):
-        correct["reconstruction"].append(grid == target)
-        wanted = Counter(cell for cell in target if cell > 0)
-        found = (wanted & Counter(grid)).total()
-        correct["object_recall"] += [i < found for i in range(wanted.total())]
+    cases = defaultdict(list, psnr=psnr(generated, images))
+    for grid, target in zip(read_cells(generated).tolist(), map(to_grid, scenes), strict=True):
+        cases["reconstruction"].append(grid == target)
         in_place = [a == b for a, b in zip(grid, target, strict=True) if b > 0]
-        correct["object_recall_in_place"] += in_place
-    metrics = {name: accuracy_with_ci(values) for name, values in correct.items()}
-    return metrics | {"psnr": psnr_with_ci(generated, images)}
+        cases["object_recall_in_place"] += in_place
+        found = (Counter(grid) & Counter(cell for cell in target if cell > 0)).total()
+        cases["object_recall"] += [i < found for i in range(len(in_place))]
+    return cases
 
 
-def edit_metrics(loaded, n: int, seed: int) -> dict:
+def psnr(images, targets) -> torch.Tensor:
+    """Peak signal-to-noise ratio of images (B, 3, H, W) in [0, 1], in dB, at most 60: (B,)."""
+    error = (images - targets).square().flatten(1).mean(1)
+    return -10 * error.clamp(min=1e-6).log10()
+
+
+def edit_cases(loaded, n: int, seed: int) -> dict:
     """Edits: the edited scene said first and then generated, or generated at once."""
-    atlas = make_atlas(loaded)
     before, instructions, after = zip(*make_edits(n, seed), strict=True)
-    images = draw_scenes(before, atlas)
+    images = draw_scenes(before, loaded.model.cfg.image_size)
     models = loaded.model, loaded.encoder, loaded.vocabulary
-    correct = {}
+    cases = {}
     for name, think in {"edit": True, "edit_direct": False}.items():
         noise = torch.Generator().manual_seed(seed)
         edited = edit(*models, images, instructions, think, generator=noise)
-        grids = read_cells(edited, atlas).tolist()
-        correct[name] = [grid == to_grid(scene) for grid, scene in zip(grids, after, strict=True)]
+        grids = read_cells(edited).tolist()
+        cases[name] = [grid == to_grid(scene) for grid, scene in zip(grids, after, strict=True)]
     for i, kind in enumerate(EDITS[:n]):
-        correct[f"edit_{kind}"] = correct["edit"][i :: len(EDITS)]
-    return {name: accuracy_with_ci(values) for name, values in correct.items()}
+        cases[f"edit_{kind}"] = cases["edit"][i :: len(EDITS)]
+    return cases
 
 
-def tokenizer_metrics(model, test: Shapes) -> dict:
+def tokenizer_cases(model, test: Shapes) -> dict:
     """All test images, encoded to codes and decoded."""
     batch = test.__getitems__([(0, i) for i in range(len(test))])
     codes = model.tokenizer.encode(batch["image"].to(model.device))
     decoded = model.tokenizer.decode(codes).cpu()
-    kept = (read_cells(decoded, test.atlas) == batch["grid"]).all(1)
-    used = set(codes.flatten().tolist())
-    return {
-        "tokenizer": accuracy_with_ci(kept.tolist()),
-        "codes_used": accuracy_with_ci([code in used for code in range(model.cfg.codes)]),
-        "tokenizer_psnr": psnr_with_ci(decoded, batch["image"]),
-    }
+    kept = (read_cells(decoded) == batch["grid"]).all(1)
+    used = torch.isin(torch.arange(model.cfg.codes), codes.cpu())
+    return {"tokenizer": kept, "codes_used": used, "tokenizer_psnr": psnr(decoded, batch["image"])}
 
 
 # ---------------------------------------------------------------- photographs
-def held_out_photographs(loaded, n: int) -> dict:
-    """A batch of n photographs from all over the test split, or of as many as there are."""
+def held_out_photographs(loaded, n: int) -> tuple:
+    """The test split, and the keys of n photographs from all over it, or of as many as it has."""
     cfg = loaded.config
     options = {key: cfg[key] for key in ("data_dir", "image_size", "seed", "text_len", "cache_dir")}
     dataset = make_dataset(cfg["dataset"], "test", vocabulary=loaded.vocabulary, **options)
     n = min(n, len(dataset))
-    return dataset.__getitems__([(0, i * len(dataset) // n) for i in range(n)])
+    return dataset, [(0, i * len(dataset) // n) for i in range(n)]
 
 
 def evaluate_photographs(loaded, n: int, seed: int) -> dict:
@@ -290,66 +269,63 @@ def evaluate_photographs(loaded, n: int, seed: int) -> dict:
     mmd       squared kernel distance of the same sets (CMMD, arXiv 2401.09603), times 1000
     """
     model = loaded.model
-    batch = held_out_photographs(loaded, n)
-    images = batch["image"]
-    noise = torch.Generator().manual_seed(seed)
-    generated = {"": reconstruct(model, loaded.encoder, images, generator=noise)}
-    prefix = model.text_prefix(batch["caption"].to(model.device))
-    generated["t2i_"] = sample_image(model, prefix, torch.Generator().manual_seed(seed))
-
-    real = pooled_features(loaded, images)
-    metrics = {"psnr": psnr_with_ci(generated[""].cpu(), images)}
+    dataset, keys = held_out_photographs(loaded, n)
+    noise, t2i_noise = (torch.Generator().manual_seed(seed) for _ in range(2))
+    columns = []
+    progress = tqdm(total=len(keys), unit="photo", desc=f"{loaded.stage}: reconstructs and draws")
+    for start in range(0, len(keys), PHOTOS_AT_A_TIME):
+        batch = dataset.__getitems__(keys[start : start + PHOTOS_AT_A_TIME])
+        images = batch["image"]
+        again = reconstruct(model, loaded.encoder, images, generator=noise)
+        prefix = model.text_prefix(batch["caption"].to(model.device))
+        drawn = sample_image(model, prefix, t2i_noise)
+        features = [pooled_features(loaded, found) for found in (images, again, drawn)]
+        columns.append([psnr(again.cpu(), images), *features])
+        progress.update(len(images))
+    progress.close()
+    quality, real, again, drawn = map(torch.cat, zip(*columns, strict=True))
+    cases = {"psnr": quality}
     distances = {}
-    for name, sampled in generated.items():
-        fake = pooled_features(loaded, sampled)
-        metrics[f"{name}cosine"] = mean_with_ci(F.cosine_similarity(real, fake))
+    for name, fake in {"": again, "t2i_": drawn}.items():
+        cases[f"{name}cosine"] = F.cosine_similarity(real, fake)
         distances[f"{name}frechet"] = frechet_distance(real, fake)
         distances[f"{name}mmd"] = 1000 * squared_mmd(real, fake)
-    return distances | to_results(metrics)
+    return distances | summarize(cases)
 
 
 def pooled_features(loaded, images) -> torch.Tensor:
     """What the encoder pools from images, or the mean of its patch tokens: (B, P) on the CPU."""
-    rows = []
-    for chunk in images.to(loaded.model.device).split(64):
-        features = loaded.encoder(resize_for_encoder(chunk, loaded.model.cfg.encoder_size))
-        pooled = features.patch_tokens.mean(1) if features.pooled is None else features.pooled
-        rows.append(pooled.float().cpu())
-    return torch.cat(rows)
+    images = images.to(loaded.model.device)
+    features = loaded.encoder(resize_for_encoder(images, loaded.model.cfg.encoder_size))
+    pooled = features.patch_tokens.mean(1) if features.pooled is None else features.pooled
+    return pooled.float().cpu()
 
 
 def frechet_distance(a, b) -> float:
     """|mean_a - mean_b|^2 + tr(A + B - 2 (A B)^(1/2)) of features (n, P) (arXiv 1706.08500, eq. 6).
-
-    Biased upwards for small n. nan for fewer than two rows, or for features that are not finite.
-    """
+    Biased upwards for small n. nan for fewer than two rows, or for features that are not finite."""
     if min(len(a), len(b)) < 2 or not (a.sum() + b.sum()).isfinite():  # LAPACK would abort
         return math.nan
-    A = a.double().T.cov()
-    B = b.double().T.cov()
+    A, B = a.double().T.cov(), b.double().T.cov()
     root = torch.linalg.eigvals(A @ B).real.clamp(min=0).sqrt().sum()
     means = (a - b).double().mean(0).square().sum()
     return (means + A.trace() + B.trace() - 2 * root).item()
 
 
-def squared_mmd(a, b, sigma: float = 10.0) -> float:
-    """Squared maximum mean discrepancy of features (n, P), scaled to length sqrt(P).
-
-    Gaussian kernel; without its diagonal, so unbiased.
-    """
-    a, b = (F.normalize(x.double(), dim=1) * x.shape[1] ** 0.5 for x in (a, b))
-
-    def kernel_sum(x, y):
-        return (-(torch.cdist(x, y) ** 2) / (2 * sigma**2)).exp().sum()
-
-    n, m = len(a), len(b)
-    within_a = (kernel_sum(a, a) - n) / (n * (n - 1))
-    within_b = (kernel_sum(b, b) - m) / (m * (m - 1))
-    return (within_a + within_b - 2 * kernel_sum(a, b) / (n * m)).item()
+def squared_mmd(a, b) -> float:
+    """Unbiased squared maximum mean discrepancy of features (n, P), scaled to length sqrt(P).
+    The kernel is a Gaussian of width 10; its diagonal is left out."""
+    n, P = a.shape
+    a = F.normalize(a.double(), dim=1) * P**0.5
+    b = F.normalize(b.double(), dim=1) * P**0.5
+    distances = torch.cdist(a, a), torch.cdist(b, b), torch.cdist(a, b)
+    aa, bb, ab = ((-(d**2) / 200).exp().sum() for d in distances)
+    pairs = n * (n - 1)
+    within = (aa - n) / pairs + (bb - n) / pairs
+    return (within - 2 * ab / (n * n)).item()
 
 
 # ---------------------------------------------------------------- a table, and pictures
-
 TITLES = {"pretrain": "base", "sft": "SFT", "reca": "RecA"}
 DISTANCES = ["cosine", "frechet", "mmd", "t2i_cosine", "t2i_frechet", "t2i_mmd"]
 COLUMNS = [*CATEGORIES, "overall", "dense", "edit", "edit_direct", "reconstruction"]
@@ -366,24 +342,31 @@ def table(results: dict) -> str:
     widths = [max(len(column), 6) + 2 for column in columns]
     lines = [" " * 8 + "".join(map(str.rjust, columns, widths))]
     for name, row in results.items():
+        title = TITLES.get(name, name)
         cells = [f"{row[column]:.3f}" for column in columns]
-        lines.append(f"{TITLES.get(name, name):8}" + "".join(map(str.rjust, cells, widths)))
+        lines.append(f"{title:8}" + "".join(map(str.rjust, cells, widths)))
     return "\n".join(lines)
 
 
-def split_rows(columns: list, count: int) -> list[list]:
-    """Columns of images, or of marks -> rows: the next `count` of each column."""
-    rows = []
-    for start in range(0, len(columns[-1]), count):
-        rows.append([column[start : start + count] for column in columns])
-    return rows
+def save_columns(columns, captions, titles, path, note, transpose=False, **options) -> None:
+    """A picture of columns (images, which of them are right), a row of them for each caption."""
+    titles = [TITLES.get(title, title) for title in titles]
+    total = len(columns[0][0])
+    count = math.ceil(total / len(captions))
+    rows, marks = [], []
+    for start in range(0, total, count):
+        rows.append([images[start : start + count] for images, _ in columns])
+        marks.append([correct[start : start + count] for _, correct in columns])
+    if transpose:
+        rows = list(zip(*rows, strict=True))
+        marks = list(zip(*marks, strict=True))
+        captions, titles = titles, captions
+    image_grid(rows, captions, titles, 2, note, correct=marks, **options).save(path)
 
 
 def compare(checkpoints: list, names: list[str], path, seed: int = 0, prompts=()) -> None:
     """A picture of what checkpoints generate from the same prompts and noise.
-
-    A prompt a row, a checkpoint a column; more than four checkpoints: the other way round.
-    """
+    A prompt a row, a checkpoint a column; more than four checkpoints: the other way round."""
     if checkpoints[0].config["dataset"] != "shapes":
         return compare_reconstructions(checkpoints, names, path, seed)
     is_wide = len(checkpoints) > 4
@@ -391,50 +374,39 @@ def compare(checkpoints: list, names: list[str], path, seed: int = 0, prompts=()
     for category in [] if prompts else categories[: 3 if is_wide else 5]:
         prompts = [*prompts, *make_prompts(category, 1 if is_wide else 2, seed + 7)]
     repeated = [prompt for prompt in prompts for _ in range(4)]
-    generated = [generate_and_check(loaded, repeated, seed) for loaded in checkpoints]
-    rows = split_rows([images for images, _ in generated], 4)
-    marks = split_rows([correct for _, correct in generated], 4)
-    captions = prompts, [TITLES.get(name, name) for name in names]
-    if is_wide:
-        rows = list(map(list, zip(*rows, strict=True)))
-        marks = list(zip(*marks, strict=True))
-        captions = captions[::-1]
+    columns = [generate_and_check(loaded, repeated, seed) for loaded in checkpoints]
     note = f"Tick: exactly what the prompt asks for. Seed {seed}: the same noise for all."
-    image_grid(rows, *captions, 2, note, correct=marks).save(path)
+    save_columns(columns, prompts, names, path, note, transpose=is_wide)
 
 
 def compare_reconstructions(checkpoints: list, names: list[str], path, seed: int = 0) -> None:
     """The paper's figure 5: images, and what checkpoints generate from their visual words alone.
-
-    Four scenes of each kind, or 16 held-out photographs.
-    """
+    Four scenes of each kind, or 16 held-out photographs."""
     first = checkpoints[0]
-    is_shapes = first.config["dataset"] == "shapes"
     note = f"Generated from visual words alone. Seed {seed}: the same noise for all."
-    if is_shapes:
+    grids = None
+    if first.config["dataset"] == "shapes":
         note += " Tick: all objects, colors and places are kept."
         rng = random.Random(f"reconstructions {seed}")
         scenes = [shapes.random_scene(rng, False, kind) for kind in KINDS for _ in range(4)]
-        images = draw_scenes(scenes, make_atlas(first))
+        images = draw_scenes(scenes, first.model.cfg.image_size)
+        grids = read_cells(images)
         captions = list(KINDS.values())
     else:
-        batch = held_out_photographs(first, 16)
+        dataset, keys = held_out_photographs(first, 16)
+        batch = dataset.__getitems__(keys)
         images = batch["image"]
         texts = [first.vocabulary.decode(ids) for ids in batch["caption"].tolist()]
         pairs = ["; ".join(texts[i : i + 2]) for i in range(0, len(texts), 2)]
         captions = [f"class, not shown to the model: {pair}" for pair in pairs]
-    columns, marks = [images], [[]]
+        captions = [caption.replace("<unk>", "...") for caption in captions]
+    columns = [(images, [])]
     for loaded in checkpoints:
         noise = torch.Generator().manual_seed(seed)
-        columns.append(reconstruct(loaded.model, loaded.encoder, images, generator=noise).cpu())
-        if is_shapes:
-            atlas = make_atlas(loaded)
-            kept = read_cells(columns[-1], atlas) == read_cells(images, atlas)
-            marks.append(kept.all(1).tolist())
-    count = 4 if is_shapes else 2
-    titles = ["input", *(TITLES.get(name, name) for name in names)]
-    rows = split_rows(columns, count)
-    image_grid(rows, captions, titles, 2, note, correct=split_rows(marks, count)).save(path)
+        again = reconstruct(loaded.model, loaded.encoder, images, generator=noise).cpu()
+        kept = [] if grids is None else (read_cells(again) == grids).all(1).tolist()
+        columns.append((again, kept))
+    save_columns(columns, captions, ["input", *names], path, note)
 
 
 # ---------------------------------------------------------------- the command line
@@ -448,6 +420,7 @@ def main(argv=None) -> None:
     add("--seed", type=int, default=0, help="of prompts, scenes and noise (0)")
     add("--json", help="where to write the results")
     add("--data_dir", default="", help="where the photographs are, if moved since training")
+    add("--encoder", default="", help="where the encoder's public weights are, if moved")
     add("--device", default=device, help=f"({device})")
     args = parser.parse_args(argv)
     try:
@@ -455,12 +428,13 @@ def main(argv=None) -> None:
             raise ValueError(f"--n is {args.n}, it must be at least 1")
         results = {}
         for path in args.ckpt:
-            loaded = load_checkpoint(path, args.device)
+            moved = {"encoder": args.encoder} if args.encoder else {}
+            loaded = load_checkpoint(path, args.device, **moved)
             loaded.config["data_dir"] = args.data_dir or loaded.config["data_dir"]
             results[Path(path).stem] = evaluate(loaded, args.n, args.seed)
         print(table(results))
         if args.json:
-            Path(args.json).write_text(json.dumps(results, indent=1))
+            write_json(args.json, results)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None

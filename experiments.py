@@ -16,6 +16,7 @@ import shlex
 import statistics
 import subprocess
 import sys
+from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
 from itertools import product
@@ -28,23 +29,23 @@ import evaluate
 import figures
 import shapes
 import train
-from evaluate import CATEGORIES, DISTANCES, TITLES, accuracy_with_ci, compare
+from config import exit_with_error
+from evaluate import CATEGORIES, DISTANCES, TITLES, compare
 from recon_loss import image_loss
 from sample import load_checkpoint
 from shapes import COLORS, GRID, NUMBERS, PLURALS, SHAPES, USUAL_COLOR, Scene, SceneObject
 from variants import ABLATIONS, RUNS, SAME
 
 ASSETS = Path("assets")
+LEGEND = "In brackets: the difference to the base, or to the first row. "
+LEGEND += "n.s.: not significant (95% CI includes 0)."
 T95 = [12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262]  # Student's t, by seeds
 
 
 # ---------------------------------------------------------------- what single experiments measure
 def color_test(loaded, count: int, seed: int):
-    """The paper's figure 3: `count` single objects of each shape and color, shape by shape.
-
-    Returns the objects, whether a caption of each names its color, whether an image that is asked
-    for by name is right, and these images (B, 3, H, W).
-    """
+    """The paper's figure 3, `count` objects of each shape and color -> the objects; if a caption
+    names the color; if an image that is asked for is right; these images (B, 3, H, W)."""
     rng = random.Random(f"combinations {seed}")
     kinds = product(range(len(SHAPES)), range(len(COLORS)), range(count))
     objects = [SceneObject(shape, color, rng.randrange(GRID * GRID)) for shape, color, _ in kinds]
@@ -58,30 +59,24 @@ def color_test(loaded, count: int, seed: int):
 
 def unusual_color_accuracy(loaded, n: int, seed: int) -> dict:
     """n / 12 objects of each shape and color: recognized in an image, drawn when asked for.
-
-    The share of those in an unusual color, and of each by itself ("drawn green star").
-    """
-    count = max(1, n // 12)
-    objects, recognized, drawn, _ = color_test(loaded, count, seed)
-    metrics = {}
-    for name, correct in {"recognized": recognized, "drawn": drawn}.items():
-        pairs = zip(objects, correct, strict=True)
-        unusual = [right for item, right in pairs if item.color != USUAL_COLOR[item.shape]]
-        metrics[name] = accuracy_with_ci(unusual)
-        for i in range(0, len(objects), count):
-            kind = f"{COLORS[objects[i].color]} {SHAPES[objects[i].shape]}"
-            metrics[f"{name} {kind}"] = accuracy_with_ci(correct[i : i + count])
-    return evaluate.to_results(metrics)
+    The share of those in an unusual color, and of each by itself ("drawn green star")."""
+    objects, recognized, drawn, _ = color_test(loaded, max(1, n // 12), seed)
+    cases = defaultdict(list)
+    for item, *correct in zip(objects, recognized, drawn, strict=True):
+        for name, is_right in zip(["recognized", "drawn"], correct, strict=True):
+            cases[f"{name} {COLORS[item.color]} {SHAPES[item.shape]}"].append(is_right)
+            if item.color != USUAL_COLOR[item.shape]:
+                cases[name].append(is_right)
+    return evaluate.summarize(cases)
 
 
 def counting_accuracy(loaded, n: int, seed: int) -> dict:
     """Groups of two, three and four: drawn when asked for, and counted right in captions."""
     rng = random.Random(f"counts {seed}")
-    metrics = {}
+    cases = {}
     for number in (2, 3, 4):
         prompts = [f"{NUMBERS[number - 1]} {PLURALS[i % len(PLURALS)]}" for i in range(n)]
-        _, drawn = evaluate.generate_and_check(loaded, prompts, seed)
-        metrics[f"drawn_{number}"] = accuracy_with_ci(drawn)
+        _, cases[f"drawn_{number}"] = evaluate.generate_and_check(loaded, prompts, seed)
         scenes = []
         while len(scenes) < n:
             scene = shapes.random_scene(rng, biased=False, kind="group")
@@ -89,8 +84,8 @@ def counting_accuracy(loaded, n: int, seed: int) -> dict:
                 scenes.append(scene)
         parsed = map(shapes.parse_caption, evaluate.caption_scenes(loaded, scenes))
         attributes = map(evaluate.correct_attributes, parsed, scenes)
-        metrics[f"counted_{number}"] = accuracy_with_ci([right["count"] for right in attributes])
-    return evaluate.to_results(metrics)
+        cases[f"counted_{number}"] = [right["count"] for right in attributes]
+    return evaluate.summarize(cases)
 
 
 @torch.no_grad()
@@ -107,14 +102,15 @@ def shuffled_condition_loss(loaded, n: int, seed: int) -> dict:
     return losses
 
 
-def compare_unusual_colors(checkpoints: list, titles: list[str], path, seed: int = 0) -> None:
+def compare_colors(checkpoints: list, titles: list[str], path, seed: int = 0) -> None:
     """A picture of each shape in each color, as each checkpoint generates it."""
-    tests = [color_test(loaded, 1, seed) for loaded in checkpoints]
-    rows = evaluate.split_rows([images for _, _, _, images in tests], len(COLORS))
-    marks = evaluate.split_rows([drawn for _, _, drawn, _ in tests], len(COLORS))
+    columns = []
+    for loaded in checkpoints:
+        _, _, drawn, images = color_test(loaded, 1, seed)
+        columns.append((images, drawn))
     note = f"Framed: the usual color. Tick: exactly the one object asked for. Seed {seed}."
-    options = dict(heads=COLORS, framed=USUAL_COLOR, correct=marks)
-    figures.image_grid(rows, PLURALS, titles, 2, note, **options).save(path)
+    frames = {"heads": COLORS, "framed": USUAL_COLOR}
+    evaluate.save_columns(columns, PLURALS, titles, path, note, **frames)
 
 
 # ---------------------------------------------------------------- the experiments
@@ -130,27 +126,23 @@ SCORES = [*CATEGORIES, "overall", "dense", "edit", *RECALL, "understanding"]
 ALL_SCORES = [*SCORES, "reconstruction"]
 COPY_SCORES = ["recon_loss", "overall", "color", "attribute", "dense", *RECALL, "psnr"]
 PHOTO_SCORES = ["psnr", *DISTANCES]
+COLOR_SCORES, LOSSES = ["recognized", "drawn"], ["own_words", "shuffled_words"]
 COUNTS = [f"{what}_{number}" for what in ("drawn", "counted") for number in (2, 3, 4)]
 COUNT_PROMPTS = [f"{number} {plural}" for plural in PLURALS[:2] for number in NUMBERS[1:]]
+compare_counts = partial(compare, prompts=COUNT_PROMPTS)
 BASE_RECA = "main/pretrain main/reca"
 SIDE_BY_SIDE = evaluate.compare_reconstructions
 EXPERIMENTS = {
     "main": Experiment("main", ALL_SCORES),
-    "broccoli": Experiment(
-        BASE_RECA, ["recognized", "drawn"], unusual_color_accuracy, compare_unusual_colors
-    ),
+    "broccoli": Experiment(BASE_RECA, COLOR_SCORES, unusual_color_accuracy, compare_colors),
     "reconstruction": Experiment("main", [*RECALL, "reconstruction", "psnr"], picture=SIDE_BY_SIDE),
-    "shuffle": Experiment(
-        BASE_RECA, ["own_words", "shuffled_words"], shuffled_condition_loss, SIDE_BY_SIDE
-    ),
+    "shuffle": Experiment(BASE_RECA, LOSSES, shuffled_condition_loss, SIDE_BY_SIDE),
     "copy": Experiment(f"{BASE_RECA} features pixels", COPY_SCORES),
     "controls": Experiment("main own_captions dense_captions reca_sft sft_reca reca_reca", SCORES),
     "ablations": Experiment(f"main/reca {' '.join(ABLATIONS)}", SCORES, picture=None),
     "paradigms": Experiment("main ar mask mar", ALL_SCORES),
     "noise": Experiment("main noise_3", ALL_SCORES),
-    "counting": Experiment(
-        "main", COUNTS, counting_accuracy, partial(compare, prompts=COUNT_PROMPTS)
-    ),
+    "counting": Experiment("main", COUNTS, counting_accuracy, compare_counts),
     "encoder": Experiment(
         f"{BASE_RECA} random/pretrain random/reca clip/pretrain clip/reca", SCORES
     ),
@@ -171,27 +163,26 @@ def expand_rows(names: list[str]) -> dict[str, str]:
     return rows
 
 
-def train_if_missing(name: str, seed: int, args) -> Path:
-    """The folder of a run; trains what is not there yet, going on where it was stopped.
-
-    What it starts from comes first. Ends with train.py's exit code where that is not 0.
-    """
+def train_if_missing(row: str, seed: int, args) -> Path:
+    """The checkpoint of a row; trains its run if it is not there, going on where it was stopped.
+    What it starts from comes first. Ends with train.py's exit code where that is not 0."""
+    name, checkpoint = row.split("/")
     run = RUNS[name]
     folder = Path(args.out_dir) / f"s{seed}" / name
+    path = folder / f"{checkpoint}.pt"
     if (folder / "results.json").exists():
-        return folder
+        return path
+    options = dict(run.options)
+    if run.parent:
+        options["init_from"] = train_if_missing(run.parent, seed, args)
     command = [sys.executable, str(Path(__file__).with_name("train.py"))]
     if run.variant != RUNS["main"].variant:
         command = [sys.executable, __file__, "train", "--variant", name]
     command += ["--out_dir", str(folder)]
-    options = dict(run.options)
-    if run.parent:
-        parent, checkpoint = run.parent.split("/")
-        options["init_from"] = train_if_missing(parent, seed, args) / f"{checkpoint}.pt"
-    given = {"encoder": args.encoder or "clip-b16", "data_dir": args.data_dir}
     if (folder / "run.json").exists():
         command.append("--resume")
     else:
+        given = {"encoder": args.encoder or "clip-b16", "data_dir": args.data_dir}
         command += ["--seed", str(seed), "--eval_n", str(args.n), *shlex.split(args.train)]
         for option, value in options.items():
             value = given[option] if value == SAME else value
@@ -204,51 +195,42 @@ def train_if_missing(name: str, seed: int, args) -> Path:
         code = process.wait()
     if code:
         raise SystemExit(code)
-    return folder
+    return path
 
 
 def load(row: str, seed: int, args):
-    """The checkpoint of a row."""
-    name, checkpoint = row.split("/")
-    path = train_if_missing(name, seed, args) / f"{checkpoint}.pt"
-    return load_checkpoint(path, args.device, RUNS[name].model_class)
+    model_class = RUNS[row.split("/")[0]].model_class
+    return load_checkpoint(train_if_missing(row, seed, args), args.device, model_class)
 
 
 def read_scores(row: str, seed: int, measure: Callable, args) -> dict:
     """The scores of a row: of results.json if they are of as many cases, else measured and kept."""
-    name, checkpoint = row.split("/")
-    folder = train_if_missing(name, seed, args)
-    scores = json.loads((folder / "results.json").read_text()).get(checkpoint, {})
+    path = train_if_missing(row, seed, args)
+    stage = path.stem
+    scores = json.loads(path.with_name("results.json").read_text()).get(stage, {})
     if measure is not evaluate.evaluate or scores.get("cases", {}).get("psnr") != args.n:
-        kept = folder / f"{measure.__name__}_{checkpoint}_{args.n}.json"
-        trained = (folder / f"{checkpoint}.pt").stat().st_mtime
-        if not kept.exists() or kept.stat().st_mtime < trained:
-            kept.write_text(json.dumps(measure(load(row, seed, args), args.n, seed)))
+        kept = path.with_name(f"{measure.__name__}_{stage}_{args.n}.json")
+        if not kept.exists() or kept.stat().st_mtime < path.stat().st_mtime:
+            evaluate.write_json(kept, measure(load(row, seed, args), args.n, seed))
         scores = json.loads(kept.read_text())
-    log = folder / "log.jsonl"
+    log = path.with_name("log.jsonl")
     for line in log.read_text().splitlines() if log.exists() else []:
         entry = json.loads(line)
-        if entry["stage"] == checkpoint and "recon" in entry:
+        if entry["stage"] == stage and "recon" in entry:
             scores["recon_loss"] = entry["recon"]  # the last one stays
-    return scores
-
-
-def choose_rows(name: str, args) -> dict[str, str]:
-    """The rows of an experiment that --runs and --encoder leave: {title: run/checkpoint}."""
-    names = EXPERIMENTS[name].rows.split()
-    names = [row for row in names if args.encoder or not row.startswith("clip/")]
-    runs = list(dict.fromkeys(row.split("/")[0] for row in names))
-    chosen = args.runs.split() or runs
-    unknown = set(chosen) - set(runs)
-    if unknown:
-        raise ValueError(f"--runs: {name} has no run {min(unknown)}, it has {' '.join(runs)}")
-    return expand_rows([row for row in names if row.split("/")[0] in chosen])
+    return {name: score for name, score in scores.items() if score is not None}
 
 
 def run_experiment(name: str, args) -> None:
     """Trains and scores what is missing, then writes assets/NAME.md and a picture."""
-    _, columns, measure, picture = EXPERIMENTS[name]
-    rows = choose_rows(name, args)
+    names, columns, measure, picture = EXPERIMENTS[name]
+    names = [row for row in names.split() if args.encoder or not row.startswith("clip/")]
+    runs = dict.fromkeys(row.split("/")[0] for row in names)
+    chosen = args.runs.split() or runs
+    unknown = set(chosen) - set(runs)
+    if unknown:
+        raise ValueError(f"--runs: {name} has no run {min(unknown)}, it has {' '.join(runs)}")
+    rows = expand_rows([row for row in names if row.split("/")[0] in chosen])
     ASSETS.mkdir(exist_ok=True)
     if not args.picture:
         scores = {title: [] for title in rows}
@@ -272,13 +254,9 @@ def run_experiment(name: str, args) -> None:
 
 # ---------------------------------------------------------------- tables and plots
 def markdown_table(rows: dict[str, list[dict]], columns: list[str]) -> str:
-    """{title: scores by seed} -> means over seeds and, in brackets, differences to the base.
-
-    The base is the last row before that is called so, or the first. Where there is SFT too, RecA
-    gets a second line, its difference to that.
-    """
-    lines = []
-    base = []
+    """{title: scores by seed} -> means over seeds and, in brackets, differences to the last base
+    above, or to the first row. Where there is SFT too, RecA has a line of differences to that."""
+    lines, base = [], []
     for title, runs in rows.items():
         base = [] if title.startswith("base") else base
         cells = []
@@ -293,9 +271,7 @@ def markdown_table(rows: dict[str, list[dict]], columns: list[str]) -> str:
             gains = [paired_difference(runs, rows[control], column) for column in columns]
             lines.append([f"{title} - {control}", *gains])
         base = base or runs
-    legend = "In brackets: the difference to the base, or to the first row. "
-    legend += "n.s.: not significant (95% CI includes 0)."
-    return f"{pipe_table(['', *columns], lines)}\n{legend}\n"
+    return f"{pipe_table(['', *columns], lines)}\n{LEGEND}\n"
 
 
 def paired_difference(runs: list[dict], others: list[dict], column: str) -> str:
@@ -319,15 +295,14 @@ def pipe_table(head: list[str], lines: list[list[str]]) -> str:
 def color_table(rows: dict[str, list[dict]]) -> str:
     """Percent of each shape and color: recognized and drawn by the first row, drawn by the last."""
     first, *_, last = rows
-    cases = [("recognized", rows[first]), ("drawn", rows[first]), ("drawn", rows[last])]
     lines = []
     for shape, usual in zip(SHAPES, USUAL_COLOR, strict=True):
         cells = []
         for color in COLORS:
             percents = []
-            for how, runs in cases:
-                shares = [run[f"{how} {color} {shape}"] for run in runs]
-                percents.append(f"{100 * statistics.mean(shares):.0f}")
+            for how, title in (("recognized", first), ("drawn", first), ("drawn", last)):
+                share = statistics.mean(run[f"{how} {color} {shape}"] for run in rows[title])
+                percents.append(f"{100 * share:.0f}")
             cells.append(" / ".join(percents))
         cells[usual] = f"({cells[usual]})"
         lines.append([shape, *cells])
@@ -351,41 +326,35 @@ def plot() -> None:
     """Draws assets/main.md as assets/bars.svg, and assets/ablations.md as assets/ablations.svg."""
     numbers = read_table("main")
     columns = [*CATEGORIES, "overall", "dense", "edit", "understanding"]
-    series = {}
-    for title in TITLES.values():
-        cells = [numbers[title, column] for column in columns]
-        series[title] = [(cell[0], cell[2] if len(cell) > 2 else None) for cell in cells]
+    series = {title: [] for title in TITLES.values()}
+    for title, column in product(series, columns):
+        share, *gain = numbers[title, column]
+        series[title].append((share, gain[1] if len(gain) > 1 else None))
     title = "Share of cases that are exactly right"
     note = "Error bars: 95% interval of the difference to the base, over seeds."
     figures.bars(columns, series, ASSETS / "bars.svg", title, note)
 
     numbers = read_table("ablations")
     columns = ["overall", "color", "position", "attribute", "edit"]
-    rows = {}
-    for title in dict.fromkeys(title for title, _ in numbers if title != "RecA"):
-        rows[title] = [numbers[title, column][1:] for column in columns]
-    if not all(len(cell) == 2 for row in rows.values() for cell in row):
-        raise ValueError("assets/ablations.md has no intervals: make it of two seeds or more")
+    rows = {title: [] for title, _ in numbers if title != "RecA"}
+    for title, column in product(rows, columns):
+        rows[title].append(numbers[title, column][1:])
+        if len(rows[title][-1]) < 2:
+            raise ValueError("assets/ablations.md has no intervals: make it of two seeds or more")
     title = "RecA with one thing changed: the difference to RecA"
     note = "Lines: 95% interval over seeds. Grey: not significant (the interval includes 0)."
     figures.forest(columns, rows, ASSETS / "ablations.svg", title, note)
 
 
 # ---------------------------------------------------------------- the command line
-def train_variant(argv: list[str]) -> None:
-    """train.py with a variant; all other options are train.py's."""
-    plain = RUNS["main"].variant
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    names = [name for name, run in RUNS.items() if run.variant != plain]
-    parser.add_argument("--variant", choices=names, required=True)
-    args, options = parser.parse_known_args(argv)
-    train.main(options, *RUNS[args.variant].variant)
-
-
 def main(argv=None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["train"]:
-        return train_variant(argv[1:])
+        parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        names = [name for name, run in RUNS.items() if run.variant != RUNS["main"].variant]
+        parser.add_argument("--variant", choices=names, required=True)
+        args, options = parser.parse_known_args(argv[1:])
+        return train.main(options, *RUNS[args.variant].variant)
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form, allow_abbrev=False)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -412,8 +381,7 @@ def main(argv=None) -> None:
         else:
             run_experiment(args.name, args)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        exit_with_error(str(error))
 
 
 if __name__ == "__main__":

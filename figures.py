@@ -10,7 +10,7 @@ from html import escape
 from pathlib import Path
 from typing import NamedTuple
 
-import torch.nn.functional as F
+import torch
 from PIL import Image, ImageDraw, ImageFont
 
 PAGE_WIDTH = 880  # at which GitHub shows a README's pictures
@@ -39,9 +39,10 @@ def image_grid(
     framed           [row]: which image of each group has a frame
     correct          [row][group][image]: a tick below it, or a cross; an empty group: neither
     """
-    rows = [row if isinstance(row, list) else [row] for row in rows]
+    rows = [[row] if isinstance(row, torch.Tensor) else row for row in rows]
     height, width = rows[0][0].shape[-2:]
     scale = scale or max(1, round(96 / width))
+    mark_height = MARK_HEIGHT if any(map(any, correct)) else 0
     height *= scale
     width *= scale
     step = width + GAP
@@ -57,9 +58,9 @@ def image_grid(
     texts = [(x, top, words) for x, words in zip(lefts, column_captions, strict=False)]
     if column_captions:
         top += line
+    for left in lefts[:-1]:
+        texts += [(left + i * step, top, word) for i, word in enumerate(heads)]
     if heads:
-        for left in lefts[:-1]:
-            texts += [(left + i * step, top, word) for i, word in enumerate(heads)]
         top += line
     tops = []
     for r in range(len(rows)):
@@ -67,8 +68,7 @@ def image_grid(
             texts.append((MARGIN, top, row_captions[r]))
             top += line
         tops.append(top)
-        top += height + GAP
-        top += MARK_HEIGHT if correct else 0
+        top += height + GAP + mark_height
     for x, _, words in texts:
         right = max(right, math.ceil(x + font.getlength(words)) + MARGIN)
     for words in textwrap.wrap(note, int(1.9 * right / font.size)):
@@ -81,35 +81,24 @@ def image_grid(
         draw.text((x, y), words, fill="black", font=font)
     for r, row in enumerate(rows):
         y = tops[r]
+        below = y + height + GAP
         for g, group in enumerate(row):
-            for i, image in enumerate(group):
+            pixels = 255 * group.float().cpu().clamp(0, 1)
+            for i, image in enumerate(pixels.byte().permute(0, 2, 3, 1).numpy()):
                 x = lefts[g] + i * step
-                canvas.paste(to_pil(image, scale), (x, y))
+                large = Image.fromarray(image).resize((width, height), Image.Resampling.NEAREST)
+                canvas.paste(large, (x, y))
                 if framed and framed[r] == i:
                     corners = (x - 3, y - 3, x + width + 2, y + height + 2)
                     draw.rectangle(corners, outline="black", width=3)
                 if correct and correct[r][g]:
-                    draw_mark(draw, x, y + height + GAP, correct[r][g][i])
+                    is_right = correct[r][g][i]
+                    points = [(x + dx, below + dy) for dx, dy in (TICK if is_right else CROSS)]
+                    draw.line(points, fill=GREEN if is_right else RED, width=2)
     return canvas
 
 
-def to_pil(image, scale: int) -> Image.Image:
-    """A tensor (3, H, W) in [0, 1], magnified without blur."""
-    large = F.interpolate(image[None].float().cpu().clamp(0, 1), scale_factor=scale)[0]
-    array = (255 * large).byte().permute(1, 2, 0).contiguous().numpy()
-    return Image.fromarray(array)
-
-
-def draw_mark(draw, left: int, top: int, correct: bool) -> None:
-    """A green tick or a red cross."""
-    mark = TICK if correct else CROSS
-    points = [(left + x, top + y) for x, y in mark]
-    draw.line(points, fill=GREEN if correct else RED, width=2)
-
-
 # ----------------------------------------------------------------------------- plots, as SVG
-
-
 class Axis(NamedTuple):
     """Values from low to high stand at pixels from start to end; values outside, at its ends."""
 
@@ -127,10 +116,7 @@ class Axis(NamedTuple):
         """About five round numbers: multiples of 1, 2 or 5 times a power of ten."""
         rough = (self.high - self.low) / 5
         power = 10 ** math.floor(math.log10(rough))
-        step = power
-        for factor in (2, 5, 10):
-            if step < rough:
-                step = factor * power
+        step = min(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough)
         first = math.ceil(self.low / step)
         last = math.floor(self.high / step)
         return [i * step for i in range(first, last + 1)]
@@ -150,8 +136,8 @@ class Svg:
         place = f'x="{x}" y="{y}" text-anchor="{anchor}" font-size="{size}"'
         self.parts.append(f"<text {place}>{escape(text)}</text>")
 
-    def line(self, points, color=LIGHT, width=1) -> None:
-        path = " ".join(f"{x},{y}" for x, y in points)
+    def line(self, xs, ys, color=LIGHT, width=1) -> None:
+        path = " ".join(f"{x},{y}" for x, y in zip(xs, ys, strict=True))
         style = f'fill="none" stroke="{color}" stroke-width="{width}"'
         self.parts.append(f'<polyline points="{path}" {style}/>')
 
@@ -159,16 +145,12 @@ class Svg:
         size = f'width="{width}" height="{height}"'
         self.parts.append(f'<rect x="{x}" y="{y}" {size} fill="{color}"/>')
 
-    def y_axis(self, y: Axis, log: bool = False) -> None:
-        """A line across for each tick, which is a power of ten if `log`."""
+    def frame(self, y: Axis, names, log: bool = False) -> None:
+        """A line across for each tick of y, a power of ten if `log`; a legend below the title."""
         for tick in y.ticks():
             height = y.at(tick)
-            value = 10**tick if log else tick
-            self.line([(60, height), (PAGE_WIDTH - 16, height)])
-            self.text(54, height + 4, f"{value:.2g}", "end")
-
-    def legend(self, names) -> None:
-        """Names below the title, each behind a square of its color."""
+            self.line([60, PAGE_WIDTH - 16], [height, height])
+            self.text(54, height + 4, f"{10**tick if log else tick:.2g}", "end")
         left = 60
         for name, color in zip(names, PALETTE, strict=False):
             self.rect(left, 38, 12, 12, color)
@@ -183,8 +165,7 @@ def bars(categories: list[str], series: dict, path, title: str, note: str = "") 
     """Shares in [0, 1] side by side. series: {name: [(share, half its interval or None), ...]}."""
     svg = Svg(400, title, note)
     y = Axis(0, 1, 330, 70)
-    svg.y_axis(y)
-    svg.legend(series)
+    svg.frame(y, series)
     step = (PAGE_WIDTH - 80) / len(categories)
     width = 0.8 * step / len(series)
     for c, category in enumerate(categories):
@@ -197,21 +178,17 @@ def bars(categories: list[str], series: dict, path, title: str, note: str = "") 
             if half is not None:
                 center = x + width / 2 - 1
                 ends = y.at(share - half), y.at(share + half)
-                svg.line([(center, end) for end in ends], "black", 1.5)
+                svg.line([center, center], ends, "black", 1.5)
             x += width
     svg.save(path)
 
 
 def forest(panels: list[str], rows: dict, path, title: str, note: str = "") -> None:
     """Differences with their intervals, grey where these include 0.
-
-    rows: {name: [(difference, half its interval) for each panel]}.
-    """
+    rows: {name: [(difference, half its interval) for each panel]}."""
     reach = max(abs(value) + half for row in rows.values() for value, half in row)
     bottom = 80 + 24 * len(rows)
     svg = Svg(bottom + 50, title, note)
-    for r, name in enumerate(rows):
-        svg.text(16, 90 + 24 * r, name, "start")
     width = (PAGE_WIDTH - 270) / len(panels)
     for p, panel in enumerate(panels):
         left = 260 + p * width
@@ -219,23 +196,23 @@ def forest(panels: list[str], rows: dict, path, title: str, note: str = "") -> N
         svg.text(x.at(0), 58, panel)
         for tick in x.ticks():
             place = x.at(tick)
-            svg.line([(place, 66), (place, bottom)], LIGHT if tick else GREY)
+            svg.line([place, place], [66, bottom], LIGHT if tick else GREY)
             svg.text(place, bottom + 14, f"{tick:g}")
-        for r, row in enumerate(rows.values()):
+        for r, (name, row) in enumerate(rows.items()):
             value, half = row[p]
             y = 86 + 24 * r
+            if p == 0:
+                svg.text(16, y + 4, name, "start")
             color = PALETTE[2] if half < abs(value) else GREY
             ends = x.at(value - half), x.at(value + half)
-            svg.line([(end, y) for end in ends], color, 2)
+            svg.line(ends, [y, y], color, 2)
             svg.rect(x.at(value) - 3, y - 3, 6, 6, color)
     svg.save(path)
 
 
 def curves(series: dict, path, title: str = "", x_label: str = "", y_label: str = "") -> None:
     """Lines through points, {name: [(x, y), ...]}; those that are not finite are left out.
-
-    y is logarithmic where all values are positive and differ by more than a factor of 20.
-    """
+    y is logarithmic where all values are positive and differ by more than a factor of 20."""
     points = [point for row in series.values() for point in row if math.isfinite(point[1])]
     if not points:
         return
@@ -246,16 +223,13 @@ def curves(series: dict, path, title: str = "", x_label: str = "", y_label: str 
     if log:
         y = Axis(math.log10(min(ys)), math.log10(max(ys)), 330, 70)
     svg = Svg(384, title)
-    svg.y_axis(y, log)
-    svg.legend(series)
+    svg.frame(y, series, log)
     for tick in x.ticks():
         svg.text(x.at(tick), 350, f"{tick:g}")
     svg.text(470, 374, x_label)
     svg.text(16, 62, y_label, "start")
     for row, color in zip(series.values(), PALETTE, strict=False):
-        line = []
-        for a, b in row:
-            if math.isfinite(b):
-                line.append((x.at(a), y.at(math.log10(b) if log else b)))
-        svg.line(line, color, 2)
+        finite = [(a, b) for a, b in row if math.isfinite(b)]
+        heights = [y.at(math.log10(b) if log else b) for _, b in finite]
+        svg.line([x.at(a) for a, _ in finite], heights, color, 2)
     svg.save(path)

@@ -1,13 +1,10 @@
-"""`shapes`: a world of colored shapes on a 3 x 3 grid, with exact ground truth.
+"""`shapes`: a world of colored shapes on a 3 x 3 grid, with exact ground truth and no download.
 
-The claims of Reconstruction Alignment (arXiv 2509.07295) can be measured on it exactly and without
-a download. It has the paper's problem, because of what its captions leave out:
-
+Its captions give it the problem that Reconstruction Alignment (arXiv 2509.07295) solves:
   * The generator reads sparse captions, as on the web: objects and counts, a color in one mention
-    of twenty, a relation in three captions of ten. And each shape has a usual color. That is the
-    paper's broccoli, always green, whose color no caption mentions.
-  * The understanding side reads full descriptions of unbiased scenes, as CLIP and
-    instruction-tuned language models have read far richer language.
+    of twenty, a relation in three captions of ten. And each shape has a usual color: the paper's
+    broccoli is always green, and no caption says so.
+  * The understanding side reads full descriptions of unbiased scenes; CLIP has read richer ones.
   * RecA's images are unbiased scenes, without captions.
 
 # B batch, T words, H W pixels. A cell of a grid: 0 empty, else 1 + shape * len(COLORS) + color.
@@ -16,8 +13,9 @@ a download. It has the paper's problem, because of what its captions leave out:
 import math
 import random
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import cycle
 from typing import NamedTuple
 
 import torch
@@ -27,46 +25,41 @@ from torch.utils.data import Dataset
 from words import SPECIALS, Vocabulary, split_words
 
 GRID = 3
-SHAPES = ["circle", "square", "triangle", "star", "diamond", "cross"]
-PLURALS = ["circles", "squares", "triangles", "stars", "diamonds", "crosses"]
-COLORS = ["red", "orange", "yellow", "green", "cyan", "blue", "purple", "white"]
+SHAPES = split_words("circle square triangle star diamond cross")
+PLURALS = split_words("circles squares triangles stars diamonds crosses")
+COLORS = split_words("red orange yellow green cyan blue purple white")
 HEX = ["e12828", "fa8c14", "f5dc32", "32aa3c", "3ccdd7", "2d55dc", "913cbe", "f5f5f5"]  # by color
 RGB = [tuple(bytes.fromhex(code)) for code in HEX]
 USUAL_COLOR = [0, 5, 3, 2, 6, 1]  # by shape: red circles, blue squares, green triangles, ...
 BACKGROUNDS = [(46, 46, 46), (107, 107, 107)]
-NUMBERS = ["one", "two", "three", "four"]
-ROWS = ["top", "middle", "bottom"]
-COLUMNS = ["left", "center", "right"]
+NUMBERS = split_words("one two three four")
+ROWS = split_words("top middle bottom")
+COLUMNS = split_words("left center right")
 PLACES = [f"{row} {column}" for row in ROWS for column in COLUMNS]  # by cell
 WORDS = split_words("a an the and make add remove move left right above below directly of")
 WORDS += ROWS + ["center"] + NUMBERS + COLORS + SHAPES + PLURALS
 
-FACING_PAIRS = [(3, 5), (1, 7)]  # cells of a pair: in the middle row or column; others avoid them
-# The share of scenes of each kind.
-SCENE_KINDS = {"single": 0.25, "group": 0.25, "pair": 0.25, "spread": 0.15, "several": 0.1}
+FACING_PAIRS = [[3, 5], [1, 7]]  # cells of a pair, which no other scene takes: it would read as one
+SCENE_KINDS = dict(single=0.25, group=0.25, pair=0.25, spread=0.15, several=0.1)  # with shares
 USUAL_COLOR_SHARE = 0.7  # of objects in biased scenes; the others draw from all colors
 SPARSE_CHANCES = (0.05, 0.3, 0.05)  # that a sparse caption names a color, a relation, the places
 EDIT_SHARE = 0.4  # of (question, answer): an instruction, "make the star red", to a description
-EDITS = ["recolor", "replace", "move", "add", "remove"]
+EDITS = split_words("recolor replace move add remove")
 TEXT_LEN = 18  # <bos> and 17 words: three objects with places, or two and an instruction
 
 
 @dataclass(frozen=True)
 class SceneObject:
-    """shape and color are positions in SHAPES and COLORS; `cell` counts the grid row by row."""
-
-    shape: int
-    color: int
-    cell: int
+    shape: int  # position in SHAPES
+    color: int  # position in COLORS
+    cell: int  # of the grid, row by row
 
 
 @dataclass(frozen=True)
 class Scene:
-    """kind: one of SCENE_KINDS, which decides how the arrangement is described."""
-
-    kind: str
+    kind: str  # of SCENE_KINDS: decides how the arrangement is described
     objects: tuple[SceneObject, ...]
-    background: int
+    background: int  # position in BACKGROUNDS
 
 
 def relation(a: int, b: int) -> str | None:
@@ -80,60 +73,21 @@ def relation(a: int, b: int) -> str | None:
     return "above" if dy < 0 else "below"
 
 
-def is_facing_pair(cells: Iterable[int]) -> bool:
-    """Whether these are the two cells of a pair."""
-    return tuple(sorted(cells)) in FACING_PAIRS
-
-
-def random_cells(rng: random.Random, count: int) -> list[int]:
-    """`count` different cells, never a facing pair: the image tells which description it gets."""
-    while True:
-        cells = rng.sample(range(GRID * GRID), count)
-        if not is_facing_pair(cells):
-            return cells
-
-
-def random_color(rng: random.Random, shape: int, biased: bool) -> int:
-    """The shape's usual color in USUAL_COLOR_SHARE of biased draws, else any color."""
-    if biased and rng.random() < USUAL_COLOR_SHARE:
-        return USUAL_COLOR[shape]
-    return rng.randrange(len(COLORS))
-
-
 def random_scene(rng: random.Random, biased: bool, kind: str | None = None) -> Scene:
     """A scene of a kind. The objects of a group are alike, all others differ in shape."""
     kind = kind or rng.choices(list(SCENE_KINDS), SCENE_KINDS.values())[0]
-    group_size = rng.randint(2, 4)
-    count = {"single": 1, "group": group_size, "pair": 2, "spread": 2, "several": 3}[kind]
+    count = {"single": 1, "group": rng.randint(2, 4), "pair": 2, "spread": 2, "several": 3}[kind]
     shapes = rng.sample(range(len(SHAPES)), 1 if kind == "group" else count)
-    colors = [random_color(rng, shape, biased) for shape in shapes]
-    if kind == "group":
-        shapes = shapes * count
-        colors = colors * count
-    cells = rng.sample(rng.choice(FACING_PAIRS), 2) if kind == "pair" else random_cells(rng, count)
-    objects = tuple(map(SceneObject, shapes, colors, cells))
+    colors = []
+    for shape in shapes:
+        is_usual = biased and rng.random() < USUAL_COLOR_SHARE
+        colors.append(USUAL_COLOR[shape] if is_usual else rng.randrange(len(COLORS)))
+    free_cells = rng.choice(FACING_PAIRS) if kind == "pair" else range(GRID * GRID)
+    cells = rng.sample(free_cells, count)
+    while kind != "pair" and sorted(cells) in FACING_PAIRS:
+        cells = rng.sample(free_cells, count)
+    objects = tuple(map(SceneObject, cycle(shapes), cycle(colors), cells))
     return Scene(kind, objects, rng.randrange(len(BACKGROUNDS)))
-
-
-def choose_other(rng: random.Random, count: int, taken: list[int]) -> int:
-    """A number below `count` that is not taken."""
-    return rng.choice([i for i in range(count) if i not in taken])
-
-
-def apply_edit(kind: str, old: SceneObject, shape: int, color: int, cell: int):
-    """What stands in the place of `old` after an edit (a list), and the instruction for it."""
-    name = f"the {SHAPES[old.shape]}"
-    if kind == "recolor":
-        return [replace(old, color=color)], f"make {name} {COLORS[color]}"
-    if kind == "replace":
-        return [replace(old, shape=shape)], f"make {name} a {SHAPES[shape]}"
-    if kind == "move":
-        return [replace(old, cell=cell)], f"move {name} {PLACES[cell]}"
-    if kind == "add":
-        new = SceneObject(shape, color, cell)
-        return [old, new], "add " + describe(Scene("single", (new,), 0))
-    assert kind == "remove", f"{kind=} is not one of {EDITS}"
-    return [], f"remove {name}"
 
 
 def random_edit(rng: random.Random, kind: str) -> tuple[Scene, str, Scene]:
@@ -142,15 +96,24 @@ def random_edit(rng: random.Random, kind: str) -> tuple[Scene, str, Scene]:
         before_kind = "spread" if kind == "remove" else rng.choice(["single", "spread"])
         before = random_scene(rng, biased=False, kind=before_kind)
         *others, old = before.objects
-        shape = choose_other(rng, len(SHAPES), [item.shape for item in before.objects])
-        color = choose_other(rng, len(COLORS), [old.color])
-        cell = choose_other(rng, GRID * GRID, [item.cell for item in before.objects])
-        edited, instruction = apply_edit(kind, old, shape, color, cell)
+        shapes = [item.shape for item in before.objects]
+        cells = [item.cell for item in before.objects]
+        shape = rng.choice([i for i in range(len(SHAPES)) if i not in shapes])
+        color = rng.choice([i for i in range(len(COLORS)) if i != old.color])
+        cell = rng.choice([i for i in range(GRID * GRID) if i not in cells])
+        new = SceneObject(shape, color, cell)
+        name = f"the {SHAPES[old.shape]}"
+        edited, instruction = {  # what takes the place of `old`
+            "recolor": ([replace(old, color=color)], f"make {name} {COLORS[color]}"),
+            "replace": ([replace(old, shape=shape)], f"make {name} a {SHAPES[shape]}"),
+            "move": ([replace(old, cell=cell)], f"move {name} {PLACES[cell]}"),
+            "add": ([old, new], f"add {describe(Scene('single', (new,), 0))}"),
+            "remove": ([], f"remove {name}"),
+        }[kind]
         objects = (*others, *edited)
-        if not is_facing_pair(item.cell for item in objects):  # as it would read as a pair
-            break
-    after_kind = {1: "single", 2: "spread", 3: "several"}[len(objects)]
-    return before, instruction, Scene(after_kind, objects, before.background)
+        if sorted(item.cell for item in objects) not in FACING_PAIRS:
+            after_kind = {1: "single", 2: "spread", 3: "several"}[len(objects)]
+            return before, instruction, Scene(after_kind, objects, before.background)
 
 
 # --------------------------------------------------------------------------- Captions, and back
@@ -175,18 +138,16 @@ def describe(scene: Scene, rng=None, color=1.0, relations=1.0, places=1.0) -> st
         article = "an" if name.startswith("orange") else "a"
         if rng and rng.random() < 0.25:
             article = "one"
-        place = f" {PLACES[item.cell]}" if placed else ""
-        return f"{article} {name}{place}"
+        return f"{article} {name} {PLACES[item.cell]}" if placed else f"{article} {name}"
 
     placed = scene.kind in ("single", "spread", "several") and chance(places)
     if scene.kind == "group":
         return phrase(scene.objects[0], len(scene.objects))
-    if rng is None:
-        objects = sorted(scene.objects, key=lambda item: (item.color, item.shape))
-    else:
+    objects = sorted(scene.objects, key=lambda item: (item.color, item.shape))
+    if rng:  # any object may be the subject
         objects = rng.sample(scene.objects, len(scene.objects))
     link = "and"
-    if scene.kind == "pair" and chance(relations):  # either object may be the subject
+    if scene.kind == "pair" and chance(relations):
         link = relation(objects[0].cell, objects[1].cell)
         if link in ("left", "right"):
             link = f"{link} of"
@@ -196,10 +157,8 @@ def describe(scene: Scene, rng=None, color=1.0, relations=1.0, places=1.0) -> st
 
 
 class Phrase(NamedTuple):
-    """`count` objects of a shape; color and cell are None where the caption names none."""
-
     count: int
-    color: int | None
+    color: int | None  # None where the caption names none, as of cell
     shape: int
     cell: int | None
 
@@ -209,12 +168,9 @@ class Phrase(NamedTuple):
         return self.shape == item.shape and right_color and right_cell
 
 
-@dataclass(frozen=True)
-class ParsedCaption:
-    """What a caption or prompt says: phrases, and relations (i, name, j) between two of them."""
-
+class ParsedCaption(NamedTuple):
     phrases: tuple[Phrase, ...]
-    relations: tuple[tuple[int, str, int], ...]
+    relations: tuple[tuple[int, str, int], ...]  # (i, name, j): how phrase i stands to phrase j
 
 
 PHRASE = re.compile(
@@ -224,42 +180,32 @@ PHRASE = re.compile(
 LINK = re.compile(" (and|(?:left|right) of|(?:directly )?(?:above|below)) ")
 
 
-def parse_phrase(text: str) -> Phrase | None:
-    """ "two red stars" as numbers; None where it is not a phrase of this world."""
-    match = PHRASE.fullmatch(text)
-    if match is None:
-        return None
-    number, color, name, place = match.groups()
-    count = NUMBERS.index(number) + 1 if number in NUMBERS else 1
-    names = SHAPES if count == 1 else PLURALS
-    if name not in names:
-        return None
-    color = COLORS.index(color) if color else None
-    cell = PLACES.index(place) if place else None
-    return Phrase(count, color, names.index(name), cell)
-
-
 def parse_caption(text: str) -> ParsedCaption | None:
     """A caption in any wording of `describe`; None where it is not a sentence of this world."""
     parts = LINK.split(" ".join(text.split()))  # phrase, link, phrase, ...
-    phrases = tuple(parse_phrase(part) for part in parts[::2])
-    if None in phrases:
-        return None
+    phrases = []
+    for match in map(PHRASE.fullmatch, parts[::2]):
+        if match is None:
+            return None
+        number, color, name, place = match.groups()
+        count = NUMBERS.index(number) + 1 if number in NUMBERS else 1
+        names = SHAPES if count == 1 else PLURALS
+        if name not in names:
+            return None
+        color = COLORS.index(color) if color else None
+        cell = PLACES.index(place) if place else None
+        phrases.append(Phrase(count, color, names.index(name), cell))
     relations = []
     for i, link in enumerate(parts[1::2]):
         name = link.removeprefix("directly ").removesuffix(" of")
         if name != "and":
             relations.append((i, name, i + 1))
-    return ParsedCaption(phrases, tuple(relations))
+    return ParsedCaption(tuple(phrases), tuple(relations))
 
 
 def scene_matches(parsed: ParsedCaption | None, grid: Sequence[int]) -> bool:
-    """Whether a scene holds exactly the caption's objects, in their colors, places and relations.
-
-    grid: GRID * GRID cells as ints. A negative cell is an object that could not be read: nothing
-    matches. Nor does anything match None, a caption that could not be parsed.
-    """
-    if parsed is None or min(grid) < 0:
+    """Whether a grid holds exactly the caption's objects, in their colors, places and relations."""
+    if parsed is None or min(grid) < 0:  # no sentence; an object that could not be read
         return False
     objects = to_objects(grid)
     if len(objects) != sum(phrase.count for phrase in parsed.phrases):
@@ -275,10 +221,9 @@ def scene_matches(parsed: ParsedCaption | None, grid: Sequence[int]) -> bool:
 
 def is_complete_caption(parsed: ParsedCaption) -> bool:
     """Whether every color is named, and where shapes differ each pair's relation or all places."""
-    phrases = parsed.phrases
-    colored = all(phrase.color is not None for phrase in phrases)
-    placed = all(phrase.cell is not None for phrase in phrases)
-    return colored and (placed or len(parsed.relations) >= len(phrases) // 2)
+    colored = all(phrase.color is not None for phrase in parsed.phrases)
+    placed = all(phrase.cell is not None for phrase in parsed.phrases)
+    return colored and (placed or len(parsed.relations) >= len(parsed.phrases) // 2)
 
 
 # --------------------------------------------------------------------------------------- Pixels
@@ -362,16 +307,16 @@ class Shapes(Dataset):
         yield repr((self.split, self.seed, self.size, self.atlas.shape)).encode()
 
     def scene(self, index: int) -> Scene:
-        rng = random.Random(f"{self.seed} {self.split} {index}")
-        return random_scene(rng, biased=self.split == "pretrain")
+        biased = self.split == "pretrain"
+        return random_scene(random.Random(f"{self.seed} {self.split} {index}"), biased)
 
     def texts(self, key: tuple[int, int], scene: Scene) -> dict[str, str]:
         rng = random.Random(f"{self.seed} {self.split} {key}")
         canonical = describe(scene)
         texts = {"canonical_caption": canonical, "caption_target": canonical, "answer": canonical}
         texts["caption"] = describe(scene, rng, *SPARSE_CHANCES)
-        full_caption = describe(scene, rng) if rng.random() < 0.5 else canonical
-        texts["full_caption"] = texts["question"] = full_caption
+        texts["full_caption"] = describe(scene, rng) if rng.random() < 0.5 else canonical
+        texts["question"] = texts["full_caption"]
         if rng.random() < EDIT_SHARE:
             before, instruction, after = random_edit(rng, rng.choice(EDITS))
             texts["question"] = f"{describe(before)} {instruction}"

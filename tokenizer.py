@@ -1,19 +1,13 @@
 """Images to discrete codes and back: the small autoencoder of the paradigms `ar` and `mask`.
 
-    tokenizer = Tokenizer(image_size=48, stride=8, levels=(8, 5, 5), width=64)
-    images = tokenizer.decode(tokenizer.encode(images))  # through codes (B, N) in [0, 8 * 5 * 5)
-
 # B batch, N codes an image, C codes in all, d channels of the bottleneck
 """
 
-import math
-
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange
 from einops.layers.torch import Rearrange
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class Conv(nn.Linear):
@@ -48,32 +42,20 @@ class Tokenizer(nn.Module):
     def __init__(self, image_size: int, stride: int, levels: tuple[int, ...], width: int):
         super().__init__()
         d = len(levels)
-        basis = [math.prod(levels[:i]) for i in range(d)]
         first = stride // 2
-        self.side = image_size // stride
+        basis = torch.tensor([1, *levels[:-1]]).cumprod(0)
         self.register_buffer("levels", torch.tensor(levels), persistent=False)
-        self.register_buffer("basis", torch.tensor(basis), persistent=False)
-        self.encoder = nn.Sequential(
-            nn.PixelUnshuffle(first),
-            Conv(3 * first**2, width, 3),
-            ResBlock(width),
-            nn.PixelUnshuffle(2),
-            Conv(4 * width, width, 1),
-            ResBlock(width),
-            ResBlock(width),
-            Conv(width, d, 1),
-            Rearrange("b d h w -> b (h w) d"),
-        )
-        self.decoder = nn.Sequential(
-            Conv(d, width, 1),
-            ResBlock(width),
-            ResBlock(width),
-            Conv(width, 4 * width, 1),
-            nn.PixelShuffle(2),
-            ResBlock(width),
-            Conv(width, 3 * first**2, 3),
-            nn.PixelShuffle(first),
-        )
+        self.register_buffer("basis", basis, persistent=False)
+        self.side = image_size // stride
+        # at 1 / first of the image's side, then at 1 / stride, then the bottleneck of d channels
+        down = [nn.PixelUnshuffle(first), Conv(3 * first**2, width, 3), ResBlock(width)]
+        down += [nn.PixelUnshuffle(2), Conv(4 * width, width, 1), ResBlock(width), ResBlock(width)]
+        down += [Conv(width, d, 1), Rearrange("b d h w -> b (h w) d")]
+        self.encoder = nn.Sequential(*down)
+        up = [Conv(d, width, 1), ResBlock(width), ResBlock(width)]
+        up += [Conv(width, 4 * width, 1), nn.PixelShuffle(2), ResBlock(width)]
+        up += [Conv(width, 3 * first**2, 3), nn.PixelShuffle(first)]
+        self.decoder = nn.Sequential(*up)
 
     def quantize(self, z: Tensor) -> Tensor:
         """Any z (..., d) to rounded values in [-1, 1]; straight-through gradient."""

@@ -26,9 +26,9 @@ class FirstWords(UnifiedModel):
     count = 4
 
     def visual_words(self, patch_tokens):
-        words = super().visual_words(patch_tokens)  # (B, K, V)
-        pad = F.one_hot(torch.tensor(PAD, device=words.device), words.shape[2]).to(words)
-        return torch.cat([words[:, : self.count], pad.expand_as(words[:, self.count :])], 1)
+        words = super().visual_words(patch_tokens).clone()  # (B, K, V)
+        words[:, self.count :] = F.one_hot(torch.tensor(PAD), words.shape[2])
+        return words
 
 
 class SharpenedWords(UnifiedModel):
@@ -75,7 +75,7 @@ class PixelPrefix(UnifiedModel):
     def recon_prefix(self, encoder, images, features=None):
         """<bos>, n projected tokens, <pad>: (B, T, D). Raises ValueError where they do not fit."""
         tokens = self.raw_tokens(encoder, images, features)
-        n = tokens.shape[1]
+        B, n, _ = tokens.shape
         T = self.cfg.text_len
         if n >= T:
             what = f"{type(self).__name__} has {n} tokens, and the prefix has room for {T - 1}"
@@ -83,7 +83,7 @@ class PixelPrefix(UnifiedModel):
         with torch.set_grad_enabled(self.training):
             tokens = self.raw_proj(tokens)
             ids = torch.tensor([BOS] + [PAD] * (T - 1), device=tokens.device)
-            words = self.text_prefix(ids.expand(len(tokens), T)).to(tokens)
+            words = self.text_prefix(ids.expand(B, T)).to(tokens)
             return torch.cat([words[:, :1], tokens, words[:, 1 + n :]], 1)
 
 
@@ -142,15 +142,13 @@ class Run(NamedTuple):
 
     @property
     def variant(self) -> tuple:
-        """What train.main is given beside the options."""
         return self.model_class, self.loss_class, self.stages
 
 
-def run_reca(title: str, model_class=UnifiedModel, changes=(), **options) -> Run:
-    """RecA from the base. changes: of its row in the table of stages."""
+def reca_run(title, model_class=UnifiedModel, changes=(), base="main", **options) -> Run:
+    """RecA from the base of another run. changes: of its row in the table of stages."""
     stages = STAGES | {"reca": replace(STAGES["reca"], **dict(changes))}
-    run = Run({"stage": "reca"} | options, "main/pretrain", title, model_class)
-    return run._replace(stages=stages)
+    return Run(RECA | options, f"{base}/pretrain", title, model_class, stages=stages)
 
 
 SAME = "same"  # in place of a value: that of the option of experiments.py of the same name
@@ -160,39 +158,42 @@ PHOTOS |= dict(encoder_steps=200, pretrain_steps=3000, align_steps=300, reca_ste
 PHOTOS |= dict(pretrain_lr=2e-3, reca_lr=1e-3)
 SFT = {"stage": "sft"}
 RECA = {"stage": "reca"}
-
-RUNS = {"main": Run(), "noise_3": Run({"noise_scale": 3}), "photographs": Run(PHOTOS)}
-RUNS |= {paradigm: Run({"paradigm": paradigm}) for paradigm in ("ar", "mask", "mar")}
-RUNS["random"] = Run({"encoder": "random", "align_steps": 950})
-RUNS["clip"] = Run({"encoder": SAME, "encoder_size": 48, "align_steps": 950})
-RUNS["reca_sft"] = Run(SFT, "main/reca", "RecA, SFT")
-RUNS["sft_reca"] = Run(RECA, "main/sft", "SFT, RecA")
-RUNS["reca_reca"] = Run(RECA, "main/reca", "RecA twice")
-SFT_RUN = Run(SFT, "main/pretrain")
-RUNS["own_captions"] = SFT_RUN._replace(title="SFT, own captions", loss_class=OwnCaptions)
-RUNS["dense_captions"] = SFT_RUN._replace(title="SFT, dense", loss_class=DenseCaptions)
-RUNS["features"] = run_reca("features", FeaturePrefix)
-RUNS["pixels"] = run_reca("pixels", PixelPrefix)
-CONNECTOR_TOO = {"trains": ("transformer", "connector")}
-CONNECTOR_RUN = run_reca("RecA, connector too", TrainedConnector, CONNECTOR_TOO, **PHOTOS)
-RUNS["train_connector"] = CONNECTOR_RUN._replace(parent="photographs/pretrain")
+CONNECTOR_TOO = {"changes": {"trains": ("transformer", "connector")}, "base": "photographs"}
+CONNECTOR_TOO |= PHOTOS
+NO_T2T = {"losses": STAGES["reca"].losses | {"t2t": 0.0}}
 
 # RecA with one thing changed
-NO_T2T = {"losses": STAGES["reca"].losses | {"t2t": 0.0}}
 ABLATIONS = {
-    "images_500": run_reca("500 images", changes={"max_images": 500}),
-    "no_drop": run_reca("no condition dropped", subclass(UnifiedModel, "cond_drop", 0.0)),
-    "drop_30": run_reca("30% of conditions dropped", subclass(UnifiedModel, "cond_drop", 0.3)),
-    "slow": run_reca("a quarter of the learning rate", reca_lr=5e-4),
-    "fast": run_reca("twice the learning rate", reca_lr=4e-3),
-    "no_i2t": run_reca("no image to words (i2t 0)", i2t=0),
-    "no_t2t": run_reca("no words to words (t2t 0)", changes=NO_T2T),
-    "no_replay": run_reca("no replay", replay=0),
-    "first4": run_reca("first 4 visual words", subclass(FirstWords, "count", 4)),
-    "first8": run_reca("first 8 visual words", subclass(FirstWords, "count", 8)),
-    "blurred": run_reca("blurred visual words", subclass(SharpenedWords, "sharpness", 0.3)),
-    "hard": run_reca("hard visual words", subclass(SharpenedWords, "sharpness", 10.0)),
-    "reversed": run_reca("reversed visual words", ReversedWords),
-    "ema": run_reca("averaged weights (EMA 0.99)", ema=0.99),
+    "images_500": reca_run("500 images", changes={"max_images": 500}),
+    "no_drop": reca_run("no condition dropped", subclass(UnifiedModel, "cond_drop", 0.0)),
+    "drop_30": reca_run("30% of conditions dropped", subclass(UnifiedModel, "cond_drop", 0.3)),
+    "slow": reca_run("a quarter of the learning rate", reca_lr=5e-4),
+    "fast": reca_run("twice the learning rate", reca_lr=4e-3),
+    "no_i2t": reca_run("no image to words (i2t 0)", i2t=0),
+    "no_t2t": reca_run("no words to words (t2t 0)", changes=NO_T2T),
+    "no_replay": reca_run("no replay", replay=0),
+    "first4": reca_run("first 4 visual words", subclass(FirstWords, "count", 4)),
+    "first8": reca_run("first 8 visual words", subclass(FirstWords, "count", 8)),
+    "blurred": reca_run("blurred visual words", subclass(SharpenedWords, "sharpness", 0.3)),
+    "hard": reca_run("hard visual words", subclass(SharpenedWords, "sharpness", 10.0)),
+    "reversed": reca_run("reversed visual words", ReversedWords),
+    "ema": reca_run("averaged weights (EMA 0.99)", ema=0.99),
 }
-RUNS |= ABLATIONS
+RUNS = ABLATIONS | {
+    "main": Run(),
+    "ar": Run({"paradigm": "ar"}),
+    "mask": Run({"paradigm": "mask"}),
+    "mar": Run({"paradigm": "mar"}),
+    "noise_3": Run({"noise_scale": 3}),
+    "random": Run({"encoder": "random", "align_steps": 950}),
+    "clip": Run({"encoder": SAME, "encoder_size": 48, "align_steps": 950}),
+    "photographs": Run(PHOTOS),
+    "reca_sft": Run(SFT, "main/reca", "RecA, SFT"),
+    "sft_reca": Run(RECA, "main/sft", "SFT, RecA"),
+    "reca_reca": Run(RECA, "main/reca", "RecA twice"),
+    "own_captions": Run(SFT, "main/pretrain", "SFT, own captions", loss_class=OwnCaptions),
+    "dense_captions": Run(SFT, "main/pretrain", "SFT, dense", loss_class=DenseCaptions),
+    "features": reca_run("features", FeaturePrefix),
+    "pixels": reca_run("pixels", PixelPrefix),
+    "train_connector": reca_run("RecA, connector too", TrainedConnector, **CONNECTOR_TOO),
+}

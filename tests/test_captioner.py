@@ -14,7 +14,7 @@ IDS = torch.tensor([[1, 5, 6, 2, 0, 0, 0], [1, 4, 7, 8, 9, 2, 0]])  # <bos> word
 
 
 def make_decoder() -> TextDecoder:
-    return TextDecoder(V, T, 24, D_ENC, num_text_blocks=1, num_cross_blocks=1, heads=3)
+    return TextDecoder(V, T, 24, D_ENC, text_depth=1, cross_depth=1, heads=3)
 
 
 @pytest.fixture

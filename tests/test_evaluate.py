@@ -1,5 +1,6 @@
 """The exact scorer: ground truth passes; every wrong color, shape, count and relation fails."""
 
+import json
 import math
 import random
 from dataclasses import replace
@@ -22,8 +23,9 @@ from evaluate import (
     squared_mmd,
     table,
     wilson_interval,
+    write_json,
 )
-from scripted import ATLAS, scripted, true_images
+from scripted import scripted, true_images
 from shapes import (
     COLORS,
     EDITS,
@@ -79,7 +81,7 @@ def spoil(scene, category):
 
 
 def count_matches(texts, scenes):
-    grids = read_cells(true_images(scenes), ATLAS).tolist()
+    grids = read_cells(true_images(scenes)).tolist()
     pairs = zip(texts, grids, strict=True)
     return sum(scene_matches(parse_caption(text), grid) for text, grid in pairs)
 
@@ -101,9 +103,9 @@ def test_a_little_noise_is_read_and_static_is_not():
     images = true_images(scenes)
     noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
     noisy = (images + 0.05 * noise).clamp(0, 1)
-    assert read_cells(noisy, ATLAS).tolist() == [to_grid(scene) for scene in scenes]
+    assert read_cells(noisy).tolist() == [to_grid(scene) for scene in scenes]
     static = torch.rand(images.shape, generator=torch.Generator().manual_seed(1))
-    assert (read_cells(static, ATLAS) == -1).all()
+    assert (read_cells(static) == -1).all()
 
 
 # ---------------------------------------------------------------- intervals and distances
@@ -302,8 +304,8 @@ def photographs(tmp_path, monkeypatch):
     cfg = SimpleNamespace(encoder_size=0, image_size=8)
     model = SimpleNamespace(device="cpu", cfg=cfg, text_prefix=lambda ids: images * 0.5)
     monkeypatch.setattr(evaluate, "sample_image", lambda model, prefix, generator: prefix)
-    config = {"dataset": "imagenet", **options}
-    return SimpleNamespace(model=model, encoder=encoder, vocabulary=vocabulary, config=config)
+    parts = {"model": model, "encoder": encoder, "vocabulary": vocabulary}
+    return SimpleNamespace(**parts, config={"dataset": "imagenet", **options}, stage="reca")
 
 
 @pytest.mark.parametrize("is_exact", [True, False])
@@ -325,7 +327,70 @@ def test_photographs_are_measured_against_themselves(is_exact, photographs, tmp_
     assert Image.open(path).height > 8 * 2 * 8, "sixteen photographs, two to a row"
 
 
+def test_photographs_are_sampled_in_batches(photographs, monkeypatch):
+    seen = []
+
+    def reconstruct(model, encoder, images, generator):
+        seen.append((len(images), generator))
+        return images * 0.9
+
+    monkeypatch.setattr(evaluate, "reconstruct", reconstruct)
+    whole = evaluate.evaluate(photographs, 16)
+    monkeypatch.setattr(evaluate, "PHOTOS_AT_A_TIME", 6)
+    halves = iter(photographs.model.text_prefix(None).split(6))
+    photographs.model.text_prefix = lambda ids: next(halves)
+    parts = evaluate.evaluate(photographs, 16)
+    assert [count for count, _ in seen] == [16, 6, 6, 4]
+    assert seen[1][1] is seen[3][1], "one stream of noise for all batches"
+    assert parts.pop("interval").keys() == whole.pop("interval").keys()
+    assert parts.pop("cases") == whole.pop("cases")
+    assert parts == pytest.approx(whole, rel=1e-4, abs=1e-9)
+
+
+def test_captions_in_a_picture_show_no_unknown_words(photographs, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "reconstruct", lambda model, encoder, images, generator: images)
+    photographs.vocabulary = Vocabulary(SPECIALS + ["a", "photo", "of", "kind0"])
+    drawn = []
+    image_grid = evaluate.image_grid
+
+    def watch(*args, **options):
+        drawn.append(args)
+        return image_grid(*args, **options)
+
+    monkeypatch.setattr(evaluate, "image_grid", watch)
+    compare([photographs], ["reca"], tmp_path / "compare.png")
+    captions = drawn[0][1]
+    assert len(captions) == 8
+    assert any("kind0" in caption for caption in captions)
+    assert any("..." in caption for caption in captions)
+    assert not any("<unk>" in caption for caption in captions)
+
+
 # ---------------------------------------------------------------- pictures and the command line
+
+
+def test_results_are_strict_json(tmp_path):
+    results = {"reca": {"x": math.nan, "interval": {"x": [-math.inf, math.inf]}, "y": 0.1, "z": 2}}
+    write_json(tmp_path / "results.json", results)
+    text = (tmp_path / "results.json").read_text()
+    expected = {"reca": {"x": None, "interval": {"x": [None, None]}, "y": 0.1, "z": 2}}
+    assert json.loads(text) == expected
+    assert not {"NaN", "Infinity"} & set(text.replace(",", " ").split())
+
+
+def test_another_place_of_the_encoder_is_passed_on(monkeypatch, capsys):
+    calls = []
+
+    def load_checkpoint(path, device, **options):
+        calls.append(options)
+        raise ValueError("seen")
+
+    monkeypatch.setattr(evaluate, "load_checkpoint", load_checkpoint)
+    for options in (["--encoder", "weights/clip"], []):
+        with pytest.raises(SystemExit):
+            main(["--ckpt", "x.pt", *options])
+    assert [call.get("encoder", "") for call in calls] == ["weights/clip", ""]
+    assert "seen" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("count", [3, 5])

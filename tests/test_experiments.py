@@ -251,7 +251,7 @@ def test_a_picture_alone_leaves_the_table(copy):
 
 def test_what_a_run_starts_from_is_trained_before_it(copy):
     args = SimpleNamespace(out_dir="experiments", n=5, train="", encoder="", data_dir="")
-    train_if_missing("pixels", 2, args)
+    train_if_missing("pixels/reca", 2, args)
     folders = [call.split("--out_dir ")[1].split()[0] for call in copy.calls()]
     assert folders == ["experiments/s2/main", "experiments/s2/pixels"]
 
@@ -284,6 +284,9 @@ def test_scores_are_measured_where_the_run_has_others(tmp_path, monkeypatch):
     os.utime(folder / "reca.pt", (2e9, 2e9))
     scores(9)
     assert len(called) == 2, "of a checkpoint that was trained again"
+    results["reca"]["overall"] = None
+    (folder / "results.json").write_text(json.dumps(results))
+    assert "overall" not in scores(5), "null in strict JSON: it was not finite"
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)

@@ -298,6 +298,15 @@ def test_ema_is_the_average_of_its_equation(tmp_path):
     assert torch.equal(second.model.wte.weight, saved["ema"]["wte.weight"])
 
 
+def test_the_next_stage_of_a_run_starts_from_the_average(tmp_path):
+    steps = ["--encoder_steps=3", "--pretrain_steps=0", "--align_steps=0", "--reca_steps=0"]
+    run(tmp_path, "--ema", 0.5, *steps)
+    saved = torch.load(tmp_path / "encoder.pt", weights_only=True)
+    assert not torch.equal(saved["ema"]["wte.weight"], saved["model"]["wte.weight"])
+    after = torch.load(tmp_path / "pretrain.pt", weights_only=True)
+    assert_same(saved["ema"], after["model"])
+
+
 def test_learning_rate_rises_stays_and_falls_to_zero():
     rates = [train.learning_rate(step, 100, 2.0, warmup=10) for step in range(100)]
     assert rates[0] == 0.2
