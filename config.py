@@ -18,6 +18,7 @@ from paradigms import PARADIGMS
 from shapes import TEXT_LEN
 
 STAGE_NAMES = ["encoder", "pretrain", "align", "sft", "reca"]  # in the order of --stage all
+DEVICES = ["auto", "cpu", "cuda", "mps"]
 DTYPES = ["auto", "float32", "bfloat16", "float16"]
 
 # What torchrun tells each process of itself
@@ -66,11 +67,10 @@ class Config:
     ema: float = option("optimisation", 0.0, "decay of the weights' moving average; 0: none")
     i2t: float = option("loss", 0.1, "weight of image -> caption in sft and reca")
     replay: float = option("loss", 1.0, "weight of pretrain's pairs in sft, reca; paper: 0")
-    device: str = option("device", "auto", "auto: a GPU if there is one", ["auto", "cpu", "cuda"])
-    dtype: str = option("device", "auto", "of autocast; auto: 16 bits on a GPU, else 32", DTYPES)
-    compile: str = option("device", "auto", "torch.compile; auto: on a GPU", ["auto", "on", "off"])
+    device: str = option("device", "auto", "auto: a GPU if there is one", DEVICES)
+    dtype: str = option("device", "auto", "of autocast; auto: 16 bits with cuda, else 32", DTYPES)
+    compile: str = option("device", "auto", "torch.compile; auto: with cuda", ["auto", "on", "off"])
     checkpoint_activations: bool = option("device", False, "recompute activations; saves memory")
-    shard: bool = option("device", False, "FSDP2: shard the weights over the processes")
     out_dir: str = option("run", "out", "folder of checkpoints, logs, tables and pictures")
     seed: int = option("run", 0, "of weights, data order and noise")
     smoke: bool = option("run", False, "the whole path with very few steps")
@@ -93,7 +93,7 @@ STEPS = ["encoder_steps", "pretrain_steps", "align_steps", "reca_steps"]
 RATES = ["encoder_lr", "pretrain_lr", "align_lr", "reca_lr"]
 # What --resume may change; all else is the run's own.
 RESUME_OVERRIDES = {*STEPS, *RATES, "resume", "out_dir", "data_dir", "cache_dir", "workers"}
-RESUME_OVERRIDES |= {"device", "dtype", "compile", "checkpoint_activations", "shard"}
+RESUME_OVERRIDES |= {"device", "dtype", "compile", "checkpoint_activations"}
 RESUME_OVERRIDES |= {"grad_accum_steps", "save_every", "log_every", "eval_n"}
 
 
@@ -185,10 +185,13 @@ def validate(cfg: Config) -> None:
         what = "public weights (clip-b16, or a path): scratch and random are for the shapes"
         require(cfg.encoder not in ("scratch", "random"), "encoder", what)
         require(cfg.text_len >= 3, "text_len", "at least 3")
-    if cfg.shard and (WORLD_SIZE == 1 or cfg.stage in ("all", "encoder")):
-        exit_with_error("--shard needs several processes (torchrun), and a --stage after encoder")
-    if cfg.device == "cuda" and not torch.cuda.is_available():
-        exit_with_error("--device cuda: torch finds no CUDA device on this machine")
+    if cfg.device in ("cuda", "mps") and not getattr(torch, cfg.device).is_available():
+        name = cfg.device.upper()
+        exit_with_error(f"--device {cfg.device}: torch finds no {name} device on this machine")
+    if cfg.device == "mps" and WORLD_SIZE > 1:
+        exit_with_error("--device mps is one GPU: several processes train with --device cpu")
+    if cfg.cache_features and not hasattr(os, "pread"):
+        exit_with_error("--cache_features needs os.pread, which Windows has not: leave it out")
     try:
         Path(cfg.out_dir).mkdir(parents=True, exist_ok=True)
     except OSError as error:

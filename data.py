@@ -1,6 +1,6 @@
 """Data sets and their batches: `make_dataset` by name, captioned images, the loader.
 
-A data set answers `__getitems__([(epoch, index), ...])` with a dictionary:
+A data set answers `__getitems__([(epoch, index), ...])` with a dictionary (B batch, T words):
 
     image              (B, 3, H, W) float in [0, 1]
     caption            (B, T) long, <bos> words <eos> <pad> ...: the generator's, sparse for shapes
@@ -13,8 +13,6 @@ A data set answers `__getitems__([(epoch, index), ...])` with a dictionary:
     features           (B, N, D_enc) float16: the encoder's patch tokens (feature_cache.py)
     grid               (B, 9) long, shapes alone (shapes.py)
     bad                list of (path, reason), image folders alone: what cannot be read
-
-# B batch, T words, H W pixels, N patch tokens
 """
 
 import errno
@@ -58,24 +56,20 @@ class CaptionedImages(Dataset):
     and wordings change with the epoch. Raises ValueError where no image can be read.
     """
 
-    def __init__(
-        self, root, files, captions, split, image_size, seed, vocabulary=None, text_len=32
-    ):
+    def __init__(self, root, files, captions, split, size, seed, vocabulary=None, text_len=32):
         self.root = root
         self.split = split
-        self.image_size = image_size
+        self.image_size = size
         self.seed = seed
         self.text_len = text_len
         self.files = PackedStrings(files)
-        # Images of a class share their captions.
-        numbers: dict[str, int] = {}
+        numbers: dict[str, int] = {}  # images of a class share their captions
         self.text_ids = array("q", [numbers.setdefault(text, len(numbers)) for text in captions])
         self.texts = PackedStrings(numbers)
         self.vocabulary = vocabulary or Vocabulary.from_captions(numbers)
         self.flip = split != "test"
         self.bad: dict[int, str] = {}
-        # Where no image can be read, say so before any long work.
-        self.read_from(0, [])
+        self.read_from(0, [])  # where no image can be read, say so before any long work
 
     def __len__(self) -> int:
         return len(self.text_ids)
@@ -84,13 +78,11 @@ class CaptionedImages(Dataset):
         return os.path.join(self.root, self.files[index])
 
     def fingerprint(self) -> Iterator[bytes]:
-        """What the images depend on, piece by piece."""
+        """What the images depend on, piece by piece; of a broken link the name alone."""
         yield repr((self.image_size, len(self))).encode()
-        for name in self.files:
-            path = os.path.join(self.root, name)
-            # A broken link is a bad image.
-            found = os.path.exists(path) and file_fingerprint(path)
-            yield repr((name, found)).encode()
+        for i in range(len(self)):
+            found = os.path.exists(self.path(i)) and file_fingerprint(self.path(i))
+            yield repr((self.files[i], found)).encode()
 
     def read(self, index: int) -> Image.Image:
         return decode_image(self.path(index), self.image_size)
@@ -102,21 +94,12 @@ class CaptionedImages(Dataset):
                 try:
                     return i, self.read(i)
                 except Exception as error:  # Pillow's plugins raise nearly anything
-                    # Out of memory, too many open files: no fault of the image.
                     if isinstance(error, MemoryError) or getattr(error, "errno", 0) in NO_HANDLES:
-                        raise
+                        raise  # no fault of the image
                     self.bad[i] = " ".join(f"{type(error).__name__}: {error}".split())
             skipped.append(i)
-        raise ValueError(
-            f"none of the {len(self)} images below {self.root} can be read; "
-            f"the last one: {self.bad[i]}"
-        )
-
-    def wordings(self, index: int, rng: random.Random) -> dict[str, str]:
-        """The texts of one image: the plain one, and two different ones where there are several."""
-        lines = self.texts[self.text_ids[index]].split("\n")
-        full_caption, target = rng.sample(lines, 2) if len(lines) > 1 else lines * 2
-        return {"caption": lines[0], "full_caption": full_caption, "caption_target": target}
+        none = f"none of the {len(self)} images below {self.root} can be read"
+        raise ValueError(f"{none}; the last one: {self.bad[i]}")
 
     def __getitems__(self, keys: list[tuple[int, int]]) -> dict:
         images = []
@@ -128,18 +111,22 @@ class CaptionedImages(Dataset):
             if self.flip and rng.random() < 0.5:
                 image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
             images.append(image)
-            texts.append(self.wordings(index, rng))
-        batch = {"image": to_tensor(images)}  # (B, 3, H, W)
-        for name in texts[0]:
-            ids = [self.vocabulary.encode(text[name], self.text_len) for text in texts]
-            batch[name] = torch.tensor(ids)  # (B, T)
-        # A class's name says little of a photograph: behind it the visual words are free.
-        caption = batch["caption"]
-        batch["canonical_caption"] = caption.masked_fill(caption == PAD, IGNORE_INDEX)
-        batch["question"] = batch["full_caption"]
-        batch["answer"] = batch["caption_target"]
-        batch["bad"] = [(self.path(i), self.bad[i]) for i in dict.fromkeys(skipped)]
-        return batch
+            # The plain wording, and two different ones where there are several.
+            lines = self.texts[self.text_ids[index]].split("\n")
+            wordings = lines[:1] + (rng.sample(lines, 2) if len(lines) > 1 else lines * 2)
+            texts.append([self.vocabulary.encode(text, self.text_len) for text in wordings])
+        plain, full_caption, target = map(torch.tensor, zip(*texts, strict=True))  # (B, T)
+        return {
+            "image": to_tensor(images),  # (B, 3, H, W)
+            "caption": plain,
+            "full_caption": full_caption,
+            "caption_target": target,
+            # A class's name says little of a photograph: behind it the visual words are free.
+            "canonical_caption": plain.masked_fill(plain == PAD, IGNORE_INDEX),
+            "question": full_caption,
+            "answer": target,
+            "bad": [(self.path(i), self.bad[i]) for i in dict.fromkeys(skipped)],
+        }
 
 
 class Cifar10Images(CaptionedImages):
@@ -151,15 +138,12 @@ class Cifar10Images(CaptionedImages):
         try:
             cifar = CIFAR10(data_dir, split != "test", download=True)
         except Exception as error:
-            raise ValueError(
-                f"CIFAR-10 is not in {data_dir} and cannot be downloaded ({error}): "
-                f"put cifar-10-python.tar.gz there"
-            ) from None
+            hint = f"put cifar-10-python.tar.gz into {data_dir}"
+            raise ValueError(f"CIFAR-10 cannot be downloaded ({error}): {hint}") from None
         self.arrays = cifar.data
-        files = [str(i) for i in range(len(cifar.data))]
         by_class = [class_captions(name) for name in cifar.classes]
         captions = [by_class[target] for target in cifar.targets]
-        super().__init__("CIFAR-10", files, captions, split, *options)
+        super().__init__("CIFAR-10", map(str, range(len(captions))), captions, split, *options)
 
     def fingerprint(self) -> Iterator[bytes]:
         yield repr(self.image_size).encode()
@@ -174,9 +158,8 @@ def make_dataset(
 ) -> Dataset:
     """The data set `name`, one of DATASETS. split: 'pretrain', 'understand', 'reca' or 'test'.
 
-    Photographs have no bias to remove: the first three splits are the training images, 'test' is
-    val/. vocabulary: that of a checkpoint, else all words of the training captions. cache_dir: see
-    `list_files`. Raises ValueError with a sentence for the user where the images are not usable.
+    Of photographs the first three are the training images, 'test' is val/. vocabulary: that of a
+    checkpoint, else all words of the training captions. ValueError where no images can be used.
     """
     if name not in DATASETS:
         raise ValueError(f"--dataset {name}: no such data set, there are {', '.join(DATASETS)}")
@@ -187,16 +170,10 @@ def make_dataset(
     options = (split, image_size, seed, vocabulary, text_len)
     if name == "cifar10":
         return Cifar10Images(data_dir, *options)
-    root, files, captions = read_folder(name, split, data_dir, cache_dir)
-    return CaptionedImages(root, files, captions, *options)
+    return CaptionedImages(*read_folder(name, split, data_dir, cache_dir), *options)
 
 
-# ---------------------------------------------------------------------------------------- Loader
-
-
-def batch_indices(
-    size: int, batch_size: int, seed: int, start: int = 0, rank: int = 0, world_size: int = 1
-) -> Iterator[list[tuple[int, int]]]:
+def batch_indices(size, batch_size, seed, start=0, rank=0, world_size=1) -> Iterator[list]:
     """Batches of (epoch, index) without end: one seeded permutation an epoch.
 
     start: the number of batches already used, so that a resumed run continues with the very next
@@ -206,15 +183,15 @@ def batch_indices(
     assert batch_size % world_size == 0, f"{batch_size=} cannot be shared by {world_size=}"
     share = batch_size // world_size
     epoch = -1
-    for first in itertools.count(start * batch_size, batch_size):
+    for first in itertools.count(start * batch_size + rank * share, batch_size):
         batch = []
-        for position in range(first, first + batch_size):
+        for position in range(first, first + share):
             if position // size != epoch:
                 epoch = position // size
                 generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
                 order = torch.randperm(size, generator=generator).tolist()
             batch.append((epoch, order[position % size]))
-        yield batch[rank * share : (rank + 1) * share]
+        yield batch
 
 
 def make_loader(dataset: Dataset, batches_of_indices: Iterable, workers: int) -> DataLoader:
@@ -227,39 +204,29 @@ def make_loader(dataset: Dataset, batches_of_indices: Iterable, workers: int) ->
         worker_init_fn=ignore_signals,
         collate_fn=dict,  # `__getitems__` has made a whole batch
         pin_memory=torch.cuda.is_available(),
-        # The loader draws a seed: not from the global generator, which a resumed run restores.
-        generator=torch.Generator(),
+        generator=torch.Generator(),  # draws a seed: not from the global one, which is restored
     )
 
 
 def ignore_signals(worker: int) -> None:
-    """Lets the main process save first: it ends its workers afterwards."""
+    """Lets the main process save first, for 30 s after a SIGTERM: it ends its workers itself."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # A cluster sends SIGTERM to every process: stay for 30 seconds.
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(30))
 
 
 def batches(
     dataset, batch_size, seed, start=0, workers=0, bad_file="", rank=0, world_size=1, max_images=0
 ) -> Iterator[dict]:
-    """Batches without end of the first max_images images (0: all), from batch number start on.
-
-    Images that were skipped are named in bad_file, once each.
-    """
+    """Batches without end of the first max_images images (0: all). bad_file names skipped ones."""
     size = min(max_images or len(dataset), len(dataset))
     indices = batch_indices(size, batch_size, seed, start, rank, world_size)
     named = set()
     for batch in make_loader(dataset, indices, workers):
         bad = dict(batch.pop("bad", ()))
         if bad_file and not bad.keys() <= named:
-            append_bad_images(bad_file, bad)
+            with open(bad_file, "a+", encoding="utf-8", errors="surrogateescape") as file:
+                file.seek(0)
+                named |= {line.split("\t")[0] for line in file}  # by another stream or run
+                file.writelines(f"{path}\t{bad[path]}\n" for path in bad if path not in named)
             named |= bad.keys()
         yield batch
-
-
-def append_bad_images(bad_file: str, bad: dict[str, str]) -> None:
-    """Adds `path <tab> reason` lines, but for paths that a run or another stream has added."""
-    with open(bad_file, "a+", encoding="utf-8", errors="surrogateescape") as file:
-        file.seek(0)
-        named = {line.split("\t")[0] for line in file}
-        file.writelines(f"{path}\t{reason}\n" for path, reason in bad.items() if path not in named)

@@ -6,11 +6,11 @@ bit-exactly with as many processes as before.
 """
 
 import json
-import math
 import os
 import re
 import sys
 import zipfile
+from contextlib import suppress
 from dataclasses import asdict, fields
 from functools import partial
 from pathlib import Path
@@ -29,19 +29,19 @@ from data import make_dataset
 from encoder import ViT, scratch_config
 from feature_cache import cache_features, encoder_fingerprint
 from model import ModelConfig, UnifiedModel, resize_for_encoder
-from pretrained import load_encoder
+from pretrained import encoder_hash, load_encoder
 from sample import FORMAT, read_checkpoint
 
 try:
     import fcntl
     import resource
-except ImportError:  # Windows: a folder is not locked, and the log's gigabytes are 0 on a CPU
+except ImportError:  # Windows: no lock on the folder of a run, no memory of a CPU in the log
     fcntl = resource = None
 
 KEEP_STATES = 2  # how many of the newest states stay on disk
 POLL_EVERY = 10  # steps after which several processes ask each other for a signal
 RNG_MODULES = {"cpu": torch, "cuda": torch.cuda, "mps": torch.mps}
-# Dense FLOP/s in 16 bits from the makers' data sheets, by the names that DeviceConfig looks up
+# Dense FLOP/s in 16 bits, from the makers' data sheets
 PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H200 NVL": 835e12, "H100": 989e12}
 PEAK_FLOPS |= {"H100 NVL": 835e12, "H100 PCIE": 756e12, "A100": 312e12, "A100 PCIE": 312e12}
 PEAK_FLOPS |= {"L40S": 362e12, "L40": 181e12, "L4": 121e12, "RTX 4090": 165e12, "RTX 3090": 71e12}
@@ -52,8 +52,8 @@ PEAK_FLOPS |= {"V100": 125e12, "V100 PCIE": 112e12, "T4": 65e12}
 class DeviceConfig:
     """Where the work is done and in which precision; weights and optimizers stay in float32.
 
-    auto is CUDA in 16 bits and compiled; else Apple's mps for one process, else the CPU, both in
-    float32 and not compiled. bfloat16 only where the card computes in it: not on V100 and T4.
+    auto is CUDA, compiled, in bfloat16 or (V100, T4: no bfloat16) float16; else the CPU, or Apple's
+    mps for one process, both in float32 and not compiled.
     """
 
     def __init__(self, cfg):
@@ -67,8 +67,8 @@ class DeviceConfig:
         if is_cuda:
             torch.cuda.set_device(self.device)
             self.device_name = torch.cuda.get_device_name(self.device)
-            is_fast = torch.cuda.is_bf16_supported(including_emulation=False)
-            dtype = "bfloat16" if is_fast else "float16"
+            has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
+            dtype = "bfloat16" if has_bfloat16 else "float16"
         self.dtype = getattr(torch, dtype if cfg.dtype == "auto" else cfg.dtype)
         if WORLD_SIZE > 1 and not dist.is_initialized():
             dist.init_process_group("cpu:gloo,cuda:nccl" if is_cuda else "gloo")
@@ -78,12 +78,12 @@ class DeviceConfig:
         torch.backends.cuda.enable_flash_sdp(is_cuda)
         is_wanted = cfg.compile == "on" or (cfg.compile == "auto" and is_cuda)
         self.compile = is_wanted and can_compile(self.device)
-        # the whole name has to fit: an H100 NVL is no H100
+        # the rest of the name must fit as a whole: an H100 NVL is no H100
         card = re.sub(r"NVIDIA|TESLA|GEFORCE|SXM\d?|HBM\w+|\d+GB|-", " ", self.device_name.upper())
         self.peak_flops = PEAK_FLOPS.get(" ".join(card.split()))
 
     def move(self, x: torch.Tensor) -> torch.Tensor:
-        """A tensor on the device. Bytes are pixels: they become floats in [0, 1] there."""
+        """A tensor on the device; bytes are pixels, and become floats in [0, 1] there."""
         x = x.to(self.device, non_blocking=True)
         return x / 255 if x.dtype == torch.uint8 else x
 
@@ -123,14 +123,6 @@ def all_reduce(x: torch.Tensor, op=dist.ReduceOp.SUM) -> torch.Tensor:
     return x
 
 
-def all_gather(x: torch.Tensor) -> list[torch.Tensor]:
-    """The x of each process, by rank."""
-    gathered = [x.clone() for _ in range(WORLD_SIZE)]
-    if WORLD_SIZE > 1:
-        dist.all_gather(gathered, x)
-    return gathered
-
-
 def wrap_model(loss_module: nn.Module, cfg, device_config: DeviceConfig) -> nn.Module:
     """Activation checkpoints, torch.compile (static shapes: one graph a stage), and DDP."""
     if cfg.checkpoint_activations:
@@ -141,10 +133,10 @@ def wrap_model(loss_module: nn.Module, cfg, device_config: DeviceConfig) -> nn.M
         loss_module.compile(dynamic=False)
     if WORLD_SIZE == 1:
         return loss_module
-    # a stage may train weights without a gradient; a static graph does not go with no_sync
+    # not all weights have a gradient in each stage; a static graph does not go with no_sync
     is_static = cfg.grad_accum_steps == 1
     options = {"static_graph": is_static, "find_unused_parameters": not is_static}
-    options |= {"gradient_as_bucket_view": True, "broadcast_buffers": False}
+    options |= {"gradient_as_bucket_view": True, "forward_sync_buffers": False}
     device_ids = [LOCAL_RANK] if device_config.device.type == "cuda" else None
     return nn.parallel.DistributedDataParallel(loss_module, device_ids, **options)
 
@@ -168,15 +160,15 @@ def micro_batch(batch: dict, i: int, n: int) -> dict:
 
 
 def count_flops(loss_module, batch: dict, device_config: DeviceConfig) -> tuple[int, int]:
-    """FLOPs (a multiply-add is 2) and transformer tokens of a step, measured on a few images.
+    """FLOPs (a multiply-add is 2) and transformer tokens of a step, counted on a few images.
 
-    What the loss and its gradient need: not the optimizers, nor activations that are computed
-    again. Attention counts in full, also where its mask hides a part.
+    The loss and its gradient count, optimizers and recomputed activations do not. Attention counts
+    as if it had no mask.
     """
-    n = min(len(part["image"]) for part in batch.values())  # one image of the smallest batch
+    n = min(len(part["image"]) for part in batch.values())  # the smallest batch has one image left
     blocks = loss_module.parts["model"].blocks
     for block in blocks:
-        vars(block).pop("forward", None)  # the checkpoint of `wrap_model`
+        vars(block).pop("forward", None)  # without the activation checkpoints of `wrap_model`
     tokens = []
     hook = blocks[0].register_forward_hook(lambda *call: tokens.append(call[-1][..., 0].numel()))
     with FlopCounterMode(display=False) as counter, device_config.autocast():
@@ -202,9 +194,8 @@ class Interrupt:
 
     def agreed(self, step: int) -> int:
         """The signal that any process has got, else 0: all stop after the same step."""
-        if WORLD_SIZE > 1 and step % POLL_EVERY:
-            return 0
-        return int(all_reduce(torch.tensor(self.asked), dist.ReduceOp.MAX))
+        is_poll = WORLD_SIZE == 1 or step % POLL_EVERY == 0
+        return int(all_reduce(torch.tensor(self.asked), dist.ReduceOp.MAX)) if is_poll else 0
 
 
 # ---------------------------------------------------------------- the state of a run
@@ -228,15 +219,15 @@ class TrainState:
         if encoder is None and self.is_public:
             encoder = load_encoder(cfg.encoder)
         self.encoder = encoder or ViT(scratch_config(cfg.image_size, cfg.patch_size))
-        width = self.encoder.cfg.width
+        self.encoder_hash = encoder_hash(self.encoder) if self.is_public else None
+        width, words = self.encoder.cfg.width, len(self.vocabulary)
         sizes = {f.name: getattr(cfg, f.name) for f in fields(ModelConfig) if hasattr(cfg, f.name)}
-        sizes |= {"vocab_size": len(self.vocabulary), "encoder_width": width}
-        sizes |= {"eta": float(cfg.dataset == "shapes")}  # flat shapes: resample the noise
+        eta = float(cfg.dataset == "shapes")  # flat shapes: resample the noise
+        sizes |= {"vocab_size": words, "encoder_width": width, "eta": eta}
         self.model = model_class(ModelConfig(**sizes))
-        text_decoder = TextDecoder(len(self.vocabulary), cfg.text_len, 128, width)
+        text_decoder = TextDecoder(words, cfg.text_len, 128, width)
         parts = {"encoder": self.encoder, "text_decoder": text_decoder, "model": self.model}
         self.parts = nn.ModuleDict(parts).to(device_config.device)
-
         # an image size that the encoder cannot read is an error now, not when align begins
         self.encode(torch.zeros(1, 3, cfg.image_size, cfg.image_size))
 
@@ -262,6 +253,7 @@ class TrainState:
         """What sample.py, evaluate.py and a later stage read."""
         model = self.model.state_dict()
         encoder = {"name": self.cfg.encoder, "config": None, "state": None}
+        encoder["hash"] = self.encoder_hash
         if not self.is_public:
             encoder |= {"config": asdict(self.encoder.cfg), "state": self.encoder.state_dict()}
         saved = {"format": FORMAT, "stage": stage, "step": step, "config": asdict(self.cfg)}
@@ -275,13 +267,14 @@ class TrainState:
         try:
             theirs = saved["model_config"] | {"encoder": saved["encoder"]["name"]}
             ours = asdict(self.model.cfg) | {"encoder": self.cfg.encoder}
-            names = [name for name in ours if theirs.get(name) != ours[name]]
-            names = [name for name in names if name not in ("repeats_per_image", "eta")]
-            differ = [f"{name} is {theirs.get(name)} there and {ours[name]} here" for name in names]
+            differ = []
+            for name in ours.keys() - {"repeats_per_image", "eta"}:
+                if theirs.get(name) != ours[name]:
+                    differ.append(f"{name} is {theirs.get(name)} there and {ours[name]} here")
             if saved["vocabulary"] != self.vocabulary.words:
                 differ.append("it was trained on other words")
             if differ:
-                text = "; ".join(differ)
+                text = "; ".join(sorted(differ))
                 exit_with_error(f"the checkpoint {path} is of another configuration: {text}")
             order = ["", *config.STAGE_NAMES]
             if order.index(saved["stage"]) < order.index(starts_from):
@@ -305,8 +298,12 @@ class TrainState:
         state = self.checkpoint(stage, step) | {"parts": parts, "average": self.average}
         state["optimizers"] = [optimizer.state_dict() for optimizer in optimizers]
         state |= {"scaler": scaler.state_dict(), "history": history, "seconds": self.seconds}
-        kinds = dict.fromkeys(["cpu", self.device_config.device.type])  # the noise of each process
-        state["rng"] = {kind: all_gather(RNG_MODULES[kind].get_rng_state()) for kind in kinds}
+        state["rng"] = {}
+        for kind in dict.fromkeys(["cpu", self.device_config.device.type]):
+            noise = RNG_MODULES[kind].get_rng_state()
+            state["rng"][kind] = [noise.clone() for _ in range(WORLD_SIZE)]  # of each process
+            if WORLD_SIZE > 1:
+                dist.all_gather(state["rng"][kind], noise)
         self.save(state, f"state-{config.STAGE_NAMES.index(stage)}-{stage}-{step:07}.pt")
         if RANK == 0:
             for old in find_states(self.out)[KEEP_STATES:]:
@@ -320,16 +317,15 @@ class TrainState:
             optimizer.load_state_dict(state)
         if saved["scaler"]:  # empty unless the run was in float16
             scaler.load_state_dict(saved["scaler"])
-        for kind, states in saved["rng"].items():
+        for kind, noise in saved["rng"].items():
             # a process that the state knows nothing of keeps the generator that its stage seeded
-            if kind in ("cpu", self.device_config.device.type) and len(states) > RANK:
-                RNG_MODULES[kind].set_rng_state(states[RANK])
+            if kind in ("cpu", self.device_config.device.type) and len(noise) > RANK:
+                RNG_MODULES[kind].set_rng_state(noise[RANK])
         return saved["history"]
 
     def save(self, saved: dict, name: str) -> None:
         """Saves in the first process, the others wait. Atomic: the old file or the new one."""
-        path = self.out / name
-        temporary = self.out / f"{name}.tmp"
+        path, temporary = self.out / name, self.out / f"{name}.tmp"
         try:
             if RANK == 0:
                 with open(temporary, "wb") as file:
@@ -341,39 +337,41 @@ class TrainState:
             temporary.unlink(missing_ok=True)
             text = f"{path} could not be written ({first_line(error.__context__ or error)})"
             exit_with_error(f"{text}: free some space, and go on from the last state with --resume")
-        if WORLD_SIZE > 1:
-            dist.barrier()
+        all_reduce(torch.zeros(1))
 
     def log(self, stage, step, steps, means: dict, lr, rate, flops, tokens) -> None:
         """A line on the screen and in log.jsonl. rate: steps a second; flops, tokens: of a step."""
-        images, tokens, flops = rate * self.cfg.batch_size, rate * tokens * WORLD_SIZE, rate * flops
         peak = self.device_config.peak_flops
-        mfu = flops / peak if peak else None
-        memory = self.device_config.peak_gigabytes()
+        mfu = rate * flops / peak if peak else None
+        images, tokens = rate * self.cfg.batch_size, rate * tokens * WORLD_SIZE
         entry = {"stage": stage, "step": step, **means, "lr": lr, "images_per_second": images}
-        entry |= {"tokens_per_second": tokens, "mfu": mfu, "gigabytes": memory}
+        entry |= {"tokens_per_second": tokens, "teraflops_per_second": rate * flops / 1e12}
+        entry |= {"mfu": mfu, "gigabytes": self.device_config.peak_gigabytes()}
         terms = " ".join(f"{term} {x:.4f}" for term, x in means.items() if term != "grad_norm")
         line = f"{stage:8} {step:{len(str(steps))}}/{steps} | {terms} | lr {lr:.1e}"
         line += f" | gnorm {means['grad_norm']:.2f} | {images:.0f} img/s {tokens / 1000:.1f}k tok/s"
         line += f" MFU {mfu:.1%}" if mfu else ""
-        self.write_log(f"{line} | {memory:.1f} GB", entry)
+        print0(f"{line} | {entry['gigabytes']:.1f} GB")
+        self.log_entry = entry
+        if RANK == 0:
+            with open(self.out / "log.jsonl", "a") as file:
+                file.write(json.dumps(entry) + "\n")
 
     def reduce_history(self, stage: str, step: int, names: list[str], history: list) -> list:
         """The values of the steps up to `step`, averaged over the processes, on the CPU.
 
-        A non-finite one ends the run, but not a gradient in float16, whose step the scaler skips.
+        A non-finite one ends the run, but not a gradient in float16, whose step is skipped.
         """
         rows = torch.stack([row.to(self.device_config.device) for row in history])
-        rows = (all_reduce(rows) / WORLD_SIZE).cpu()
+        rows = (all_reduce(rows) / WORLD_SIZE).cpu()  # (steps, names)
         is_float16 = self.device_config.dtype == torch.float16
-        for at, row in enumerate(rows.tolist(), step - len(rows) + 1):
-            wrong = [f"{n} is {x}" for n, x in zip(names, row, strict=True) if not math.isfinite(x)]
-            if wrong and not (is_float16 and wrong[0].startswith("grad_norm")):
-                text = f"{', '.join(wrong)} at step {at} of stage {stage}"
-                state = [*find_states(self.out), "the start"][0]
-                rate = "reca_lr" if stage == "sft" else f"{stage}_lr"
-                command = f"--resume --out_dir {self.out} --{rate} {getattr(self.cfg, rate) / 2:g}"
-                exit_with_error(f"{text}; the last good state is {state}: go on with {command}")
+        checked = rows[:, :-1] if is_float16 else rows  # the last is grad_norm
+        for i, j in (~checked.isfinite()).nonzero().tolist():
+            text = f"{names[j]} is {rows[i, j]} at step {step - len(rows) + 1 + i} of stage {stage}"
+            state = [*find_states(self.out), "the start"][0]
+            rate = "reca_lr" if stage == "sft" else f"{stage}_lr"
+            command = f"--resume --out_dir {self.out} --{rate} {getattr(self.cfg, rate) / 2:g}"
+            exit_with_error(f"{text}; the last good state is {state}: go on with {command}")
         return list(rows)
 
 
@@ -386,14 +384,11 @@ def find_states(out: Path) -> list[Path]:
 def read_state(out: Path) -> dict | None:
     """The newest undamaged state of a run; None if there is none."""
     for path in find_states(out):
-        try:
-            with zipfile.ZipFile(path) as file:
-                broken = file.testzip()  # torch.load does not look at the checksums
-            if broken:
-                raise ValueError(f"checksum of {broken}")
-            return torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # a damaged file can raise nearly anything
-            print0(f"{path} is damaged ({type(error).__name__}), taking the one before it")
+        # a damaged file can raise nearly anything; torch.load does not look at the checksums
+        with suppress(Exception), zipfile.ZipFile(path) as file:
+            if file.testzip() is None:
+                return torch.load(path, map_location="cpu", weights_only=True)
+        print0(f"{path} is damaged, taking the one before it")
     return None
 
 
@@ -401,7 +396,7 @@ def lock_run_dir(out: Path):
     """Locks OUT/run.json until this process ends. Returns the open file, and what it says."""
     file = open(out / "run.json", "a+")  # noqa: SIM115
     try:
-        if RANK == 0:
+        if RANK == 0 and fcntl:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         file.seek(0)
         return file, json.load(file)
@@ -422,10 +417,12 @@ def clean_run_dir(out: Path, stages: list[str], saved: dict | None) -> None:
     """Removes what a run of `stages` writes again, from the state `saved` on."""
     for path in [*out.glob("*.pt.tmp"), *([] if saved else find_states(out))]:
         path.unlink()
-    log, temporary = out / "log.jsonl", out / "log.tmp"
-    lines = log.read_text().splitlines() if log.exists() else []
-    last = saved["step"] if saved else 0
-    with open(temporary, "w") as file:
-        for line in lines:
-            entry = json.loads(line) if line.endswith("}") else {}  # else cut by a kill
-    os.replace(temporary, log)
+    log, kept = out / "log.jsonl", []
+    for line in log.read_text().splitlines() if log.exists() else []:
+        if line.endswith("}"):  # else cut by a kill
+            entry = json.loads(line)
+            is_before = saved and entry["stage"] == stages[0] and entry["step"] <= saved["step"]
+            if is_before or entry["stage"] not in stages:
+                kept.append(line + "\n")
+    log.with_suffix(".tmp").write_text("".join(kept))
+    os.replace(log.with_suffix(".tmp"), log)

@@ -7,8 +7,7 @@ Six categories after GenEval (arXiv 2310.11513), here with a prompt, and more. A
 
     single, two, counting   "a star", "a star and a circle", "three stars"
     color, attribute        in unusual colors: "a green star", "a green star and a red cross"
-    position                "a star left of a circle"
-    overall                 the mean of these six
+    position, overall       "a star left of a circle"; the mean of these six
     dense                   three objects, all colors and places (as DPG-Bench, arXiv 2403.05135)
     edit, edit_KIND         the instruction is followed, all else unchanged (as ImgEdit, arXiv
                             2505.20275); edit_direct: without saying the edited scene first
@@ -19,10 +18,12 @@ Six categories after GenEval (arXiv 2310.11513), here with a prompt, and more. A
     tokenizer, _psnr        (ar, mask) an image keeps all objects through its codes alone
     codes_used              codes that occur
 
-No detector is needed: a cell holds the render that comes nearest in squared error, and an image is
-correct where its cells are exactly what was asked for. Photographs: see `evaluate_photographs`.
+A cell holds the render that comes nearest in squared error, so no detector is needed; an image is
+correct where its cells are exactly what was asked for. Photographs are reconstructed, and drawn
+from their captions (t2i_); cosine of a photograph and its image, frechet (FID's formula) and mmd
+(CMMD, arXiv 2401.09603, times 1000) of the two sets are of the encoder's pooled features.
 
-# B batch, G = GRID * GRID cells, P width of the encoder's pooled features
+# B batch, G cells of an image, A backgrounds, C contents of a cell, P pooled features
 """
 
 import argparse
@@ -42,11 +43,12 @@ import shapes
 from data import make_dataset
 from figures import image_grid
 from model import resize_for_encoder
-from sample import caption_images, edit, load_checkpoint, reconstruct, sample_image, text_to_image
+from sample import Checkpoint, caption_images, edit, reconstruct, sample_image, text_to_image
 from shapes import EDITS, GRID, USUAL_COLOR, ParsedCaption, Scene, Shapes, parse_caption, to_grid
 
 ERROR_LIMIT = 0.02  # mean squared error of a known cell; another shape or color is at 0.02 to 0.3
 PHOTOS_AT_A_TIME = 128  # as many as sample.py samples at a time
+SEED_STRIDE = 10_000  # image i of an evaluation with seed s has noise of seed SEED_STRIDE * s + i
 
 # kind of scene, chances of `describe` to name colors, relations and places, only unusual colors
 PROMPTS = {
@@ -90,20 +92,24 @@ def draw_scenes(scenes: list[Scene], image_size: int) -> torch.Tensor:
 def read_cells(images) -> torch.Tensor:
     """Images (B, 3, H, W) in [0, 1] -> cells (B, G) as in shapes.py, -1 where no render is near."""
     cells = rearrange(images, "b k (r h) (c w) -> (b r c) (k h w)", r=GRID, c=GRID)
-    known = shapes.sprites(images.shape[-1] // GRID).flatten(2)  # (backgrounds, contents, pixels)
-    known = known.to(images)
+    known = shapes.sprites(images.shape[-1] // GRID).flatten(2).to(images)  # (A, C, pixels)
     distance = torch.cdist(cells, known, compute_mode="donot_use_mm_for_euclid_dist")
-    distance = rearrange(distance, "g (b n) c -> g b n c", b=len(images))
-    error, content = (distance**2 / known.shape[-1]).min(-1)  # both (backgrounds, B, G)
+    distance = rearrange(distance, "a (b g) c -> a b g c", b=len(images))
+    error, content = (distance**2 / known.shape[-1]).min(-1)  # both (A, B, G)
     # all cells of an image are read on one background, the one that fits best
     best = error.sum(-1).argmin(0), torch.arange(len(images))
     return torch.where(error[best] < ERROR_LIMIT, content[best], -1)
 
 
+def noise_seeds(seed: int, n: int) -> range:
+    """Of n images: the same ones for all checkpoints."""
+    return range(SEED_STRIDE * seed, SEED_STRIDE * seed + n)
+
+
 def generate_and_check(loaded, prompts: list[str], seed: int) -> tuple[torch.Tensor, list[bool]]:
     """An image of each prompt (B, 3, H, W), and whether it holds exactly what was asked for."""
-    noise = torch.Generator().manual_seed(seed)
-    images = text_to_image(loaded.model, loaded.vocabulary, prompts, generator=noise)
+    seeds = noise_seeds(seed, len(prompts))
+    images = text_to_image(loaded.model, loaded.vocabulary, prompts, seeds=seeds)
     grids = read_cells(images).tolist()
     return images, list(map(shapes.scene_matches, map(parse_caption, prompts), grids))
 
@@ -120,8 +126,7 @@ def wilson_interval(share: float, n: int) -> list[float]:
     z = 1.96
     scale = 1 + z * z / n
     center = share + z * z / (2 * n)
-    variance = share * (1 - share) / n + z * z / (4 * n * n)
-    half = z * math.sqrt(variance)
+    half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
     return [round((center - half) / scale, 4), round((center + half) / scale, 4)]
 
 
@@ -154,8 +159,7 @@ def write_json(path, results) -> None:
 # ---------------------------------------------------------------- the shapes world
 @torch.no_grad()
 def evaluate(loaded, n: int = 240, seed: int = 0) -> dict:
-    """All scores of a checkpoint: {name: value}, with "cases" and 95% "interval"s by name.
-    Prompts, scenes and noise depend on n and seed alone: the same ones for all checkpoints."""
+    """All scores of a checkpoint: {name: value}, with "cases" and 95% "interval"s by name."""
     if loaded.config["dataset"] != "shapes":
         return evaluate_photographs(loaded, n, seed)
     test = Shapes("test", loaded.model.cfg.image_size)
@@ -169,8 +173,8 @@ def evaluate(loaded, n: int = 240, seed: int = 0) -> dict:
     if loaded.model.tokenizer:
         cases |= tokenizer_cases(loaded.model, test)
     results = summarize(cases)
-    overall = sum(results[category] for category in CATEGORIES) / len(CATEGORIES)
-    return {"overall": overall} | results
+    total = sum(results[category] for category in CATEGORIES)
+    return {"overall": total / len(CATEGORIES)} | results
 
 
 def understanding_cases(loaded, scenes: list[Scene]) -> dict:
@@ -190,7 +194,7 @@ def understanding_cases(loaded, scenes: list[Scene]) -> dict:
 
 def correct_attributes(parsed: ParsedCaption | None, scene: Scene) -> dict[str, bool]:
     """Whether a caption is right on each attribute by itself. A group has no arrangement."""
-    said, relations = (parsed.phrases, parsed.relations) if parsed else ((), ())
+    said, relations = parsed or ((), ())
     colors = {(item.shape, item.color) for item in scene.objects}
     correct = {"shape": {p.shape for p in said} == {item.shape for item in scene.objects}}
     correct["color"] = {(p.shape, p.color) for p in said} == colors
@@ -198,7 +202,7 @@ def correct_attributes(parsed: ParsedCaption | None, scene: Scene) -> dict[str, 
     if scene.kind != "group":
         colorless = ParsedCaption(tuple(p._replace(color=None) for p in said), relations)
         is_true = shapes.scene_matches(colorless, to_grid(scene))
-        says_places = bool(said) and all(p.cell is not None for p in said)
+        says_places = all(p.cell is not None for p in said)
         correct["arrangement"] = is_true and (says_places or bool(relations))
     return correct
 
@@ -206,8 +210,8 @@ def correct_attributes(parsed: ParsedCaption | None, scene: Scene) -> dict[str, 
 def reconstruction_cases(loaded, scenes: list[Scene], seed: int) -> dict:
     """Scenes generated again from their visual words; recall is counted object by object."""
     images = draw_scenes(scenes, loaded.model.cfg.image_size)
-    noise = torch.Generator().manual_seed(seed)
-    generated = reconstruct(loaded.model, loaded.encoder, images, generator=noise).cpu()
+    seeds = noise_seeds(seed, len(images))
+    generated = reconstruct(loaded.model, loaded.encoder, images, seeds=seeds).cpu()
     cases = defaultdict(list, psnr=psnr(generated, images))
     for grid, target in zip(read_cells(generated).tolist(), map(to_grid, scenes), strict=True):
         cases["reconstruction"].append(grid == target)
@@ -231,10 +235,9 @@ def edit_cases(loaded, n: int, seed: int) -> dict:
     models = loaded.model, loaded.encoder, loaded.vocabulary
     cases = {}
     for name, think in {"edit": True, "edit_direct": False}.items():
-        noise = torch.Generator().manual_seed(seed)
-        edited = edit(*models, images, instructions, think, generator=noise)
-        grids = read_cells(edited).tolist()
-        cases[name] = [grid == to_grid(scene) for grid, scene in zip(grids, after, strict=True)]
+        edited = edit(*models, images, instructions, think, seeds=noise_seeds(seed, n))
+        pairs = zip(read_cells(edited).tolist(), after, strict=True)
+        cases[name] = [grid == to_grid(scene) for grid, scene in pairs]
     for i, kind in enumerate(EDITS[:n]):
         cases[f"edit_{kind}"] = cases["edit"][i :: len(EDITS)]
     return cases
@@ -261,28 +264,25 @@ def held_out_photographs(loaded, n: int) -> tuple:
 
 
 def evaluate_photographs(loaded, n: int, seed: int) -> dict:
-    """Held-out photographs, reconstructed, and generated from their captions (t2i_).
-
-    psnr      of the reconstruction, in dB
-    cosine    of the encoder's pooled features of photograph and image, mean: semantic likeness
-    frechet   between the two sets of these features (FID's formula, with this encoder)
-    mmd       squared kernel distance of the same sets (CMMD, arXiv 2401.09603), times 1000
-    """
+    """The scores of held-out photographs, reconstructed, and generated from their captions."""
     model = loaded.model
     dataset, keys = held_out_photographs(loaded, n)
-    noise, t2i_noise = (torch.Generator().manual_seed(seed) for _ in range(2))
+    seeds = noise_seeds(seed, len(keys))
     columns = []
-    progress = tqdm(total=len(keys), unit="photo", desc=f"{loaded.stage}: reconstructs and draws")
-    for start in range(0, len(keys), PHOTOS_AT_A_TIME):
-        batch = dataset.__getitems__(keys[start : start + PHOTOS_AT_A_TIME])
+    starts = range(0, len(keys), PHOTOS_AT_A_TIME)
+    for start in tqdm(starts, f"{loaded.stage}: reconstructs and draws", unit="batch"):
+        part = slice(start, start + PHOTOS_AT_A_TIME)
+        batch = dataset.__getitems__(keys[part])
         images = batch["image"]
-        again = reconstruct(model, loaded.encoder, images, generator=noise)
+        again = reconstruct(model, loaded.encoder, images, seeds=seeds[part])
         prefix = model.text_prefix(batch["caption"].to(model.device))
-        drawn = sample_image(model, prefix, t2i_noise)
-        features = [pooled_features(loaded, found) for found in (images, again, drawn)]
-        columns.append([psnr(again.cpu(), images), *features])
-        progress.update(len(images))
-    progress.close()
+        drawn = sample_image(model, prefix, seeds=seeds[part])
+        columns.append([psnr(again.cpu(), images)])
+        for found in (images, again, drawn):
+            found = resize_for_encoder(found.to(model.device), model.cfg.encoder_size)
+            features = loaded.encoder(found)
+            pooled = features.patch_tokens.mean(1) if features.pooled is None else features.pooled
+            columns[-1].append(pooled.float().cpu())
     quality, real, again, drawn = map(torch.cat, zip(*columns, strict=True))
     cases = {"psnr": quality}
     distances = {}
@@ -293,17 +293,9 @@ def evaluate_photographs(loaded, n: int, seed: int) -> dict:
     return distances | summarize(cases)
 
 
-def pooled_features(loaded, images) -> torch.Tensor:
-    """What the encoder pools from images, or the mean of its patch tokens: (B, P) on the CPU."""
-    images = images.to(loaded.model.device)
-    features = loaded.encoder(resize_for_encoder(images, loaded.model.cfg.encoder_size))
-    pooled = features.patch_tokens.mean(1) if features.pooled is None else features.pooled
-    return pooled.float().cpu()
-
-
 def frechet_distance(a, b) -> float:
-    """|mean_a - mean_b|^2 + tr(A + B - 2 (A B)^(1/2)) of features (n, P) (arXiv 1706.08500, eq. 6).
-    Biased upwards for small n. nan for fewer than two rows, or for features that are not finite."""
+    """|mean_a - mean_b|^2 + tr(A + B - 2 (A B)^(1/2)) of features (n, P) (1706.08500, eq. 6)."""
+    # biased upwards for small n
     if min(len(a), len(b)) < 2 or not (a.sum() + b.sum()).isfinite():  # LAPACK would abort
         return math.nan
     A, B = a.double().T.cov(), b.double().T.cov()
@@ -313,15 +305,13 @@ def frechet_distance(a, b) -> float:
 
 
 def squared_mmd(a, b) -> float:
-    """Unbiased squared maximum mean discrepancy of features (n, P), scaled to length sqrt(P).
-    The kernel is a Gaussian of width 10; its diagonal is left out."""
+    """Unbiased squared maximum mean discrepancy of features (n, P), scaled to length sqrt(P)."""
     n, P = a.shape
-    a = F.normalize(a.double(), dim=1) * P**0.5
-    b = F.normalize(b.double(), dim=1) * P**0.5
+    a, b = (F.normalize(features.double(), dim=1) * P**0.5 for features in (a, b))
     distances = torch.cdist(a, a), torch.cdist(b, b), torch.cdist(a, b)
+    # the kernel is a Gaussian of width 10; its diagonal is left out
     aa, bb, ab = ((-(d**2) / 200).exp().sum() for d in distances)
-    pairs = n * (n - 1)
-    within = (aa - n) / pairs + (bb - n) / pairs
+    within = (aa - n) / (n * (n - 1)) + (bb - n) / (n * (n - 1))
     return (within - 2 * ab / (n * n)).item()
 
 
@@ -338,13 +328,11 @@ KINDS |= {"spread": "two objects anywhere", "several": "three objects anywhere"}
 def table(results: dict) -> str:
     """results.json as aligned text, a checkpoint a line."""
     common = set.intersection(*map(set, results.values()))
-    columns = [column for column in COLUMNS if column in common]
-    widths = [max(len(column), 6) + 2 for column in columns]
-    lines = [" " * 8 + "".join(map(str.rjust, columns, widths))]
+    heads = {column: f"  {column:>6}" for column in COLUMNS if column in common}
+    lines = [" " * 8 + "".join(heads.values())]
     for name, row in results.items():
-        title = TITLES.get(name, name)
-        cells = [f"{row[column]:.3f}" for column in columns]
-        lines.append(f"{title:8}" + "".join(map(str.rjust, cells, widths)))
+        cells = [f"{row[column]:{len(head)}.3f}" for column, head in heads.items()]
+        lines.append(f"{TITLES.get(name, name):8}" + "".join(cells))
     return "\n".join(lines)
 
 
@@ -354,22 +342,20 @@ def save_columns(columns, captions, titles, path, note, transpose=False, **optio
     total = len(columns[0][0])
     count = math.ceil(total / len(captions))
     rows, marks = [], []
-    for start in range(0, total, count):
-        rows.append([images[start : start + count] for images, _ in columns])
-        marks.append([correct[start : start + count] for _, correct in columns])
+    for i in range(0, total, count):
+        rows.append([images[i : i + count] for images, _ in columns])
+        marks.append([correct[i : i + count] for _, correct in columns])
     if transpose:
-        rows = list(zip(*rows, strict=True))
-        marks = list(zip(*marks, strict=True))
+        rows, marks = (list(zip(*cells, strict=True)) for cells in (rows, marks))
         captions, titles = titles, captions
     image_grid(rows, captions, titles, 2, note, correct=marks, **options).save(path)
 
 
 def compare(checkpoints: list, names: list[str], path, seed: int = 0, prompts=()) -> None:
-    """A picture of what checkpoints generate from the same prompts and noise.
-    A prompt a row, a checkpoint a column; more than four checkpoints: the other way round."""
+    """A picture of what checkpoints generate from the same prompts and noise, a prompt a row."""
     if checkpoints[0].config["dataset"] != "shapes":
         return compare_reconstructions(checkpoints, names, path, seed)
-    is_wide = len(checkpoints) > 4
+    is_wide = len(checkpoints) > 4  # then the checkpoints are the rows
     categories = ["color", "attribute", "position", "counting", "dense"]
     for category in [] if prompts else categories[: 3 if is_wide else 5]:
         prompts = [*prompts, *make_prompts(category, 1 if is_wide else 2, seed + 7)]
@@ -380,31 +366,29 @@ def compare(checkpoints: list, names: list[str], path, seed: int = 0, prompts=()
 
 
 def compare_reconstructions(checkpoints: list, names: list[str], path, seed: int = 0) -> None:
-    """The paper's figure 5: images, and what checkpoints generate from their visual words alone.
-    Four scenes of each kind, or 16 held-out photographs."""
+    """The paper's figure 5: images, and what checkpoints generate from their visual words alone."""
     first = checkpoints[0]
+    is_shapes = first.config["dataset"] == "shapes"
     note = f"Generated from visual words alone. Seed {seed}: the same noise for all."
-    grids = None
-    if first.config["dataset"] == "shapes":
+    if is_shapes:
         note += " Tick: all objects, colors and places are kept."
         rng = random.Random(f"reconstructions {seed}")
         scenes = [shapes.random_scene(rng, False, kind) for kind in KINDS for _ in range(4)]
         images = draw_scenes(scenes, first.model.cfg.image_size)
-        grids = read_cells(images)
         captions = list(KINDS.values())
     else:
         dataset, keys = held_out_photographs(first, 16)
         batch = dataset.__getitems__(keys)
         images = batch["image"]
-        texts = [first.vocabulary.decode(ids) for ids in batch["caption"].tolist()]
+        texts = map(first.vocabulary.decode, batch["caption"].tolist())
+        texts = [text.replace("<unk>", "...") for text in texts]
         pairs = ["; ".join(texts[i : i + 2]) for i in range(0, len(texts), 2)]
         captions = [f"class, not shown to the model: {pair}" for pair in pairs]
-        captions = [caption.replace("<unk>", "...") for caption in captions]
     columns = [(images, [])]
     for loaded in checkpoints:
-        noise = torch.Generator().manual_seed(seed)
-        again = reconstruct(loaded.model, loaded.encoder, images, generator=noise).cpu()
-        kept = [] if grids is None else (read_cells(again) == grids).all(1).tolist()
+        seeds = noise_seeds(seed, len(images))
+        again = reconstruct(loaded.model, loaded.encoder, images, seeds=seeds).cpu()
+        kept = (read_cells(again) == read_cells(images)).all(1).tolist() if is_shapes else []
         columns.append((again, kept))
     save_columns(columns, captions, ["input", *names], path, note)
 
@@ -428,8 +412,7 @@ def main(argv=None) -> None:
             raise ValueError(f"--n is {args.n}, it must be at least 1")
         results = {}
         for path in args.ckpt:
-            moved = {"encoder": args.encoder} if args.encoder else {}
-            loaded = load_checkpoint(path, args.device, **moved)
+            loaded = Checkpoint(path, args.device, encoder=args.encoder)
             loaded.config["data_dir"] = args.data_dir or loaded.config["data_dir"]
             results[Path(path).stem] = evaluate(loaded, args.n, args.seed)
         print(table(results))

@@ -2,16 +2,15 @@
 
     python experiments.py controls --seeds 0 1 2 --n 64    # assets/controls.md and .png
     python experiments.py controls --seeds 0 --picture     # only the picture
-    python experiments.py plot                             # assets/bars.svg and ablations.svg
     python experiments.py train --variant features --stage reca --init_from out/pretrain.pt
 
-An experiment trains what is not there yet, goes on where it was stopped, scores and draws.
+An experiment trains what is not there yet, goes on where it was stopped, scores and draws; main
+draws assets/bars.svg too, and ablations assets/ablations.svg.
 """
 
 import argparse
 import json
 import random
-import re
 import shlex
 import statistics
 import subprocess
@@ -32,9 +31,9 @@ import train
 from config import exit_with_error
 from evaluate import CATEGORIES, DISTANCES, TITLES, compare
 from recon_loss import image_loss
-from sample import load_checkpoint
+from sample import Checkpoint
 from shapes import COLORS, GRID, NUMBERS, PLURALS, SHAPES, USUAL_COLOR, Scene, SceneObject
-from variants import ABLATIONS, RUNS, SAME
+from variants import ABLATIONS, RUNS
 
 ASSETS = Path("assets")
 LEGEND = "In brackets: the difference to the base, or to the first row. "
@@ -44,8 +43,7 @@ T95 = [12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262]  # Student
 
 # ---------------------------------------------------------------- what single experiments measure
 def color_test(loaded, count: int, seed: int):
-    """The paper's figure 3, `count` objects of each shape and color -> the objects; if a caption
-    names the color; if an image that is asked for is right; these images (B, 3, H, W)."""
+    """The paper's figure 3: `count` objects of each shape and color, recognized and drawn."""
     rng = random.Random(f"combinations {seed}")
     kinds = product(range(len(SHAPES)), range(len(COLORS)), range(count))
     objects = [SceneObject(shape, color, rng.randrange(GRID * GRID)) for shape, color, _ in kinds]
@@ -53,17 +51,15 @@ def color_test(loaded, count: int, seed: int):
     prompts = [shapes.describe(scene, rng, 1, 0, 0) for scene in scenes]
     pairs = zip(objects, evaluate.caption_scenes(loaded, scenes), strict=True)
     recognized = [COLORS[item.color] in caption.split() for item, caption in pairs]
-    images, drawn = evaluate.generate_and_check(loaded, prompts, seed)
-    return objects, recognized, drawn, images
+    return objects, recognized, evaluate.generate_and_check(loaded, prompts, seed)
 
 
 def unusual_color_accuracy(loaded, n: int, seed: int) -> dict:
-    """n / 12 objects of each shape and color: recognized in an image, drawn when asked for.
-    The share of those in an unusual color, and of each by itself ("drawn green star")."""
-    objects, recognized, drawn, _ = color_test(loaded, max(1, n // 12), seed)
+    """Of n / 12 objects of each shape and color: the share of unusual ones, and of each kind."""
+    objects, recognized, (_, drawn) = color_test(loaded, max(1, n // 12), seed)
     cases = defaultdict(list)
-    for item, *correct in zip(objects, recognized, drawn, strict=True):
-        for name, is_right in zip(["recognized", "drawn"], correct, strict=True):
+    for name, correct in {"recognized": recognized, "drawn": drawn}.items():
+        for item, is_right in zip(objects, correct, strict=True):
             cases[f"{name} {COLORS[item.color]} {SHAPES[item.shape]}"].append(is_right)
             if item.color != USUAL_COLOR[item.shape]:
                 cases[name].append(is_right)
@@ -83,8 +79,8 @@ def counting_accuracy(loaded, n: int, seed: int) -> dict:
             if len(scene.objects) == number:
                 scenes.append(scene)
         parsed = map(shapes.parse_caption, evaluate.caption_scenes(loaded, scenes))
-        attributes = map(evaluate.correct_attributes, parsed, scenes)
-        cases[f"counted_{number}"] = [right["count"] for right in attributes]
+        correct = map(evaluate.correct_attributes, parsed, scenes)
+        cases[f"counted_{number}"] = [attributes["count"] for attributes in correct]
     return evaluate.summarize(cases)
 
 
@@ -104,13 +100,95 @@ def shuffled_condition_loss(loaded, n: int, seed: int) -> dict:
 
 def compare_colors(checkpoints: list, titles: list[str], path, seed: int = 0) -> None:
     """A picture of each shape in each color, as each checkpoint generates it."""
-    columns = []
-    for loaded in checkpoints:
-        _, _, drawn, images = color_test(loaded, 1, seed)
-        columns.append((images, drawn))
+    columns = [color_test(loaded, 1, seed)[-1] for loaded in checkpoints]
     note = f"Framed: the usual color. Tick: exactly the one object asked for. Seed {seed}."
-    frames = {"heads": COLORS, "framed": USUAL_COLOR}
-    evaluate.save_columns(columns, PLURALS, titles, path, note, **frames)
+    evaluate.save_columns(columns, PLURALS, titles, path, note, heads=COLORS, framed=USUAL_COLOR)
+
+
+# ---------------------------------------------------------------- tables and plots
+def markdown_table(rows: dict[str, list[dict]], columns: list[str]) -> str:
+    """{title: scores by seed} -> means over seeds, and differences to the last base above."""
+    lines, base = [], []
+    for title, runs in rows.items():
+        base = [] if title.startswith("base") else base
+        cells = []
+        for column in columns:
+            values = [run[column] for run in runs if column in run]
+            mean = f"{statistics.mean(values):.3f}" if values else ""
+            gain = format_difference(runs, base, column)
+            cells.append(f"{mean} ({gain})" if gain else mean)
+        lines.append([title, *cells])
+        control = title.replace("RecA", "SFT")
+        if control != title and control in rows:  # then RecA has a line of differences to SFT too
+            gains = [format_difference(runs, rows[control], column) for column in columns]
+            lines.append([f"{title} - {control}", *gains])
+        base = base or runs
+    return f"{pipe_table(['', *columns], lines)}\n{LEGEND}\n"
+
+
+def paired_difference(runs: list[dict], others: list[dict], column: str) -> tuple:
+    """The mean difference and half its 95% t-interval over seeds; None where there is none."""
+    pairs = zip(runs, others, strict=False)
+    gains = [a[column] - b[column] for a, b in pairs if column in a and column in b]
+    if len(gains) < 2:
+        return (gains[0] if gains else None), None
+    half = T95[len(gains) - 2] * statistics.stdev(gains) / len(gains) ** 0.5
+    return statistics.mean(gains), half
+
+
+def format_difference(runs: list[dict], others: list[dict], column: str) -> str:
+    gain, half = paired_difference(runs, others, column)
+    if half is None:
+        return "" if gain is None else f"{gain:+.3f}"
+    return f"{gain:+.3f} ± {half:.3f}" + (", n.s." if half >= abs(gain) else "")
+
+
+def pipe_table(head: list[str], lines: list[list[str]]) -> str:
+    rows = [head, ["---"] * len(head), *lines]
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+def color_table(rows: dict[str, list[dict]]) -> str:
+    """Percent of each shape and color: recognized and drawn by the first row, drawn by the last."""
+    first, *_, last = rows
+    lines = []
+    for shape, usual in zip(SHAPES, USUAL_COLOR, strict=True):
+        lines.append([shape])
+        for c, color in enumerate(COLORS):
+            percents = []
+            for how, title in (("recognized", first), ("drawn", first), ("drawn", last)):
+                share = statistics.mean(run[f"{how} {color} {shape}"] for run in rows[title])
+                percents.append(f"{100 * share:.0f}")
+            cell = " / ".join(percents)
+            lines[-1].append(f"({cell})" if c == usual else cell)
+    what = f"Percent recognized by {first} / drawn by {first} / drawn by {last}"
+    return f"\n{what}; the usual color in brackets:\n\n" + pipe_table(["", *COLORS], lines)
+
+
+def plot_shares(scores: dict[str, list[dict]]) -> None:
+    """assets/bars.svg: the means of main; its error bars are those of differences to the base."""
+    columns = [*CATEGORIES, "overall", "dense", "edit", "understanding"]
+    series = defaultdict(list)
+    for (title, runs), column in product(scores.items(), columns):
+        _, half = paired_difference(runs, scores["base"], column)
+        series[title].append((statistics.mean(run[column] for run in runs), half))
+    note = "Error bars: 95% interval of the difference to the base, over seeds."
+    figures.bars(
+        columns, series, ASSETS / "bars.svg", "Share of cases that are exactly right", note
+    )
+
+
+def plot_differences(scores: dict[str, list[dict]]) -> None:
+    """assets/ablations.svg: differences to the first row. One seed has no intervals to draw."""
+    columns = ["overall", "color", "position", "attribute", "edit"]
+    (first, base), *others = scores.items()
+    rows = {}
+    for title, runs in others:
+        rows[title] = [paired_difference(runs, base, column) for column in columns]
+    title = f"RecA with one thing changed: the difference to {first}"
+    note = "Lines: 95% interval over seeds. Grey: not significant (the interval includes 0)."
+    if others and len(base) > 1:
+        figures.forest(columns, rows, ASSETS / "ablations.svg", title, note)
 
 
 # ---------------------------------------------------------------- the experiments
@@ -119,35 +197,33 @@ class Experiment(NamedTuple):
     columns: list[str]
     measure: Callable = evaluate.evaluate  # (loaded, n, seed) -> {column: value}
     picture: Callable | None = compare  # (checkpoints, titles, path, seed)
+    plot: Callable | None = None  # ({title: scores by seed})
 
 
 RECALL = ["object_recall", "object_recall_in_place"]
 SCORES = [*CATEGORIES, "overall", "dense", "edit", *RECALL, "understanding"]
 ALL_SCORES = [*SCORES, "reconstruction"]
 COPY_SCORES = ["recon_loss", "overall", "color", "attribute", "dense", *RECALL, "psnr"]
-PHOTO_SCORES = ["psnr", *DISTANCES]
 COLOR_SCORES, LOSSES = ["recognized", "drawn"], ["own_words", "shuffled_words"]
 COUNTS = [f"{what}_{number}" for what in ("drawn", "counted") for number in (2, 3, 4)]
-COUNT_PROMPTS = [f"{number} {plural}" for plural in PLURALS[:2] for number in NUMBERS[1:]]
-compare_counts = partial(compare, prompts=COUNT_PROMPTS)
-BASE_RECA = "main/pretrain main/reca"
+COUNTED = [f"{number} {plural}" for plural in PLURALS[:2] for number in NUMBERS[1:]]
+CHANGES = " ".join(["main/reca", *ABLATIONS])
+PAIR = "main/pretrain main/reca"
 SIDE_BY_SIDE = evaluate.compare_reconstructions
 EXPERIMENTS = {
-    "main": Experiment("main", ALL_SCORES),
-    "broccoli": Experiment(BASE_RECA, COLOR_SCORES, unusual_color_accuracy, compare_colors),
+    "main": Experiment("main", ALL_SCORES, plot=plot_shares),
+    "broccoli": Experiment(PAIR, COLOR_SCORES, unusual_color_accuracy, compare_colors),
     "reconstruction": Experiment("main", [*RECALL, "reconstruction", "psnr"], picture=SIDE_BY_SIDE),
-    "shuffle": Experiment(BASE_RECA, LOSSES, shuffled_condition_loss, SIDE_BY_SIDE),
-    "copy": Experiment(f"{BASE_RECA} features pixels", COPY_SCORES),
+    "shuffle": Experiment(PAIR, LOSSES, shuffled_condition_loss, SIDE_BY_SIDE),
+    "copy": Experiment(f"{PAIR} features pixels", COPY_SCORES),
     "controls": Experiment("main own_captions dense_captions reca_sft sft_reca reca_reca", SCORES),
-    "ablations": Experiment(f"main/reca {' '.join(ABLATIONS)}", SCORES, picture=None),
+    "ablations": Experiment(CHANGES, SCORES, picture=None, plot=plot_differences),
     "paradigms": Experiment("main ar mask mar", ALL_SCORES),
     "noise": Experiment("main noise_3", ALL_SCORES),
-    "counting": Experiment("main", COUNTS, counting_accuracy, compare_counts),
-    "encoder": Experiment(
-        f"{BASE_RECA} random/pretrain random/reca clip/pretrain clip/reca", SCORES
-    ),
-    "photographs": Experiment("photographs", PHOTO_SCORES),
-    "connector": Experiment("photographs/reca train_connector", PHOTO_SCORES),
+    "counting": Experiment("main", COUNTS, counting_accuracy, partial(compare, prompts=COUNTED)),
+    "encoder": Experiment(f"{PAIR} random/pretrain random/reca clip/pretrain clip/reca", SCORES),
+    "photographs": Experiment("photographs", ["psnr", *DISTANCES]),
+    "connector": Experiment("photographs/reca train_connector", ["psnr", *DISTANCES]),
 }
 
 
@@ -156,7 +232,7 @@ def expand_rows(names: list[str]) -> dict[str, str]:
     rows = {}
     for name in names:
         run, _, checkpoint = name.partition("/")
-        stage = checkpoint or RUNS[run].options.get("stage")
+        stage = checkpoint or RUNS[run].stage
         for found in [stage] if stage else TITLES:
             title = f"{TITLES[found]}, {run}".removesuffix(", main").removesuffix(", photographs")
             rows[RUNS[run].title or title] = f"{run}/{found}"
@@ -164,29 +240,25 @@ def expand_rows(names: list[str]) -> dict[str, str]:
 
 
 def train_if_missing(row: str, seed: int, args) -> Path:
-    """The checkpoint of a row; trains its run if it is not there, going on where it was stopped.
-    What it starts from comes first. Ends with train.py's exit code where that is not 0."""
+    """The checkpoint of a row; what it needs is trained first. Ends with train.py's exit code."""
     name, checkpoint = row.split("/")
     run = RUNS[name]
-    folder = Path(args.out_dir) / f"s{seed}" / name
-    path = folder / f"{checkpoint}.pt"
-    if (folder / "results.json").exists():
+    path = Path(args.out_dir) / f"s{seed}" / name / f"{checkpoint}.pt"
+    if path.with_name("results.json").exists():
         return path
-    options = dict(run.options)
+    start = []
     if run.parent:
-        options["init_from"] = train_if_missing(run.parent, seed, args)
+        start = ["--stage", run.stage, "--init_from", str(train_if_missing(run.parent, seed, args))]
     command = [sys.executable, str(Path(__file__).with_name("train.py"))]
     if run.variant != RUNS["main"].variant:
         command = [sys.executable, __file__, "train", "--variant", name]
-    command += ["--out_dir", str(folder)]
-    if (folder / "run.json").exists():
+    command += ["--out_dir", str(path.parent)]
+    if path.with_name("run.json").exists():
         command.append("--resume")
     else:
         given = {"encoder": args.encoder or "clip-b16", "data_dir": args.data_dir}
         command += ["--seed", str(seed), "--eval_n", str(args.n), *shlex.split(args.train)]
-        for option, value in options.items():
-            value = given[option] if value == SAME else value
-            command += [f"--{option}"] if value is True else [f"--{option}", str(value)]
+        command += start + [word.format(**given) for word in run.options.split()]
     print(shlex.join(command), flush=True)
     process = subprocess.Popen(command)
     try:
@@ -200,7 +272,7 @@ def train_if_missing(row: str, seed: int, args) -> Path:
 
 def load(row: str, seed: int, args):
     model_class = RUNS[row.split("/")[0]].model_class
-    return load_checkpoint(train_if_missing(row, seed, args), args.device, model_class)
+    return Checkpoint(train_if_missing(row, seed, args), args.device, model_class)
 
 
 def read_scores(row: str, seed: int, measure: Callable, args) -> dict:
@@ -223,7 +295,7 @@ def read_scores(row: str, seed: int, measure: Callable, args) -> dict:
 
 def run_experiment(name: str, args) -> None:
     """Trains and scores what is missing, then writes assets/NAME.md and a picture."""
-    names, columns, measure, picture = EXPERIMENTS[name]
+    names, columns, measure, picture, plot = EXPERIMENTS[name]
     names = [row for row in names.split() if args.encoder or not row.startswith("clip/")]
     runs = dict.fromkeys(row.split("/")[0] for row in names)
     chosen = args.runs.split() or runs
@@ -234,116 +306,22 @@ def run_experiment(name: str, args) -> None:
     ASSETS.mkdir(exist_ok=True)
     if not args.picture:
         scores = {title: [] for title in rows}
-        for seed in args.seeds:
-            for title, row in rows.items():
-                scores[title].append(read_scores(row, seed, measure, args))
+        for seed, (title, row) in product(args.seeds, rows.items()):
+            scores[title].append(read_scores(row, seed, measure, args))
         seeds = " ".join(map(str, args.seeds))
         command = f"python experiments.py {name} --seeds {seeds} --n {args.n}"
         for option in ("runs", "train", "encoder", "data_dir"):
-            if getattr(args, option):
-                command += f" --{option}={shlex.quote(getattr(args, option))}"
+            value = getattr(args, option)
+            command += f" --{option}={shlex.quote(value)}" if value else ""
         text = f"`{command}`\n\n{markdown_table(scores, columns)}"
-        if name == "broccoli":
-            text += color_table(scores)
+        text += color_table(scores) if name == "broccoli" else ""
         (ASSETS / f"{name}.md").write_text(text)
         print(text)
+        if plot:
+            plot(scores)
     if picture:
         checkpoints = [load(row, args.seeds[0], args) for row in rows.values()]
         picture(checkpoints, list(rows), ASSETS / f"{name}.png", args.seeds[0])
-
-
-# ---------------------------------------------------------------- tables and plots
-def markdown_table(rows: dict[str, list[dict]], columns: list[str]) -> str:
-    """{title: scores by seed} -> means over seeds and, in brackets, differences to the last base
-    above, or to the first row. Where there is SFT too, RecA has a line of differences to that."""
-    lines, base = [], []
-    for title, runs in rows.items():
-        base = [] if title.startswith("base") else base
-        cells = []
-        for column in columns:
-            values = [run[column] for run in runs if column in run]
-            mean = f"{statistics.mean(values):.3f}" if values else ""
-            gain = paired_difference(runs, base, column)
-            cells.append(f"{mean} ({gain})" if gain else mean)
-        lines.append([title, *cells])
-        control = title.replace("RecA", "SFT")
-        if control != title and control in rows:
-            gains = [paired_difference(runs, rows[control], column) for column in columns]
-            lines.append([f"{title} - {control}", *gains])
-        base = base or runs
-    return f"{pipe_table(['', *columns], lines)}\n{LEGEND}\n"
-
-
-def paired_difference(runs: list[dict], others: list[dict], column: str) -> str:
-    """The mean difference with its 95% t-interval over seeds; nothing where scores are missing."""
-    pairs = zip(runs, others, strict=False)
-    gains = [a[column] - b[column] for a, b in pairs if column in a and column in b]
-    if not gains:
-        return ""
-    mean = statistics.mean(gains)
-    if len(gains) == 1:
-        return f"{mean:+.3f}"
-    half = T95[len(gains) - 2] * statistics.stdev(gains) / len(gains) ** 0.5
-    return f"{mean:+.3f} ± {half:.3f}" + (", n.s." if half >= abs(mean) else "")
-
-
-def pipe_table(head: list[str], lines: list[list[str]]) -> str:
-    rows = [head, ["---"] * len(head), *lines]
-    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
-
-
-def color_table(rows: dict[str, list[dict]]) -> str:
-    """Percent of each shape and color: recognized and drawn by the first row, drawn by the last."""
-    first, *_, last = rows
-    lines = []
-    for shape, usual in zip(SHAPES, USUAL_COLOR, strict=True):
-        cells = []
-        for color in COLORS:
-            percents = []
-            for how, title in (("recognized", first), ("drawn", first), ("drawn", last)):
-                share = statistics.mean(run[f"{how} {color} {shape}"] for run in rows[title])
-                percents.append(f"{100 * share:.0f}")
-            cells.append(" / ".join(percents))
-        cells[usual] = f"({cells[usual]})"
-        lines.append([shape, *cells])
-    what = f"Percent recognized by {first} / drawn by {first} / drawn by {last}"
-    return f"\n{what}; the usual color in brackets:\n\n" + pipe_table(["", *COLORS], lines)
-
-
-def read_table(name: str) -> dict[tuple[str, str], list[float]]:
-    """assets/NAME.md -> {(title, column): [mean, difference to the base, half its interval]}."""
-    lines = (ASSETS / f"{name}.md").read_text().splitlines()
-    head, _, *rows = [line.split("|")[1:-1] for line in lines if line.startswith("|")]
-    numbers = {}
-    for title, *cells in rows:
-        for column, cell in zip(head[1:], cells, strict=True):
-            found = re.findall(r"[-+]?\d+\.\d+", cell)
-            numbers[title.strip(), column.strip()] = [float(x) for x in found]
-    return numbers
-
-
-def plot() -> None:
-    """Draws assets/main.md as assets/bars.svg, and assets/ablations.md as assets/ablations.svg."""
-    numbers = read_table("main")
-    columns = [*CATEGORIES, "overall", "dense", "edit", "understanding"]
-    series = {title: [] for title in TITLES.values()}
-    for title, column in product(series, columns):
-        share, *gain = numbers[title, column]
-        series[title].append((share, gain[1] if len(gain) > 1 else None))
-    title = "Share of cases that are exactly right"
-    note = "Error bars: 95% interval of the difference to the base, over seeds."
-    figures.bars(columns, series, ASSETS / "bars.svg", title, note)
-
-    numbers = read_table("ablations")
-    columns = ["overall", "color", "position", "attribute", "edit"]
-    rows = {title: [] for title, _ in numbers if title != "RecA"}
-    for title, column in product(rows, columns):
-        rows[title].append(numbers[title, column][1:])
-        if len(rows[title][-1]) < 2:
-            raise ValueError("assets/ablations.md has no intervals: make it of two seeds or more")
-    title = "RecA with one thing changed: the difference to RecA"
-    note = "Lines: 95% interval over seeds. Grey: not significant (the interval includes 0)."
-    figures.forest(columns, rows, ASSETS / "ablations.svg", title, note)
 
 
 # ---------------------------------------------------------------- the command line
@@ -359,7 +337,7 @@ def main(argv=None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form, allow_abbrev=False)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     add = parser.add_argument
-    add("name", choices=[*EXPERIMENTS, "plot"], help="an experiment; plot: draw its tables")
+    add("name", choices=EXPERIMENTS, help="what to train, score and draw")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of runs, prompts and noise")
     add("--n", type=int, default=64, help="cases of each category (64)")
     add("--picture", action="store_true", help="only the picture, of the first seed")
@@ -376,10 +354,7 @@ def main(argv=None) -> None:
         different = len(set(args.seeds)) == len(args.seeds) <= len(T95) + 1
         if not different or min(args.seeds) < 0:
             raise ValueError(f"--seeds: give one to {len(T95) + 1} different seeds, at least 0")
-        if args.name == "plot":
-            plot()
-        else:
-            run_experiment(args.name, args)
+        run_experiment(args.name, args)
     except (ValueError, OSError) as error:
         exit_with_error(str(error))
 

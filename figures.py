@@ -17,11 +17,11 @@ PAGE_WIDTH = 880  # at which GitHub shows a README's pictures
 MIN_TEXT = 12
 GAP = 4  # pixels between the images of a group
 MARGIN = 12  # pixels around all, and between groups beside the gap
-GREY, LIGHT, GREEN, RED = "#777", "#ddd", "#173", "#c22"
+GREY, LIGHT = "#777", "#ddd"
 # Okabe and Ito's palette, which color-blind readers can tell apart, after a grey for the base.
 PALETTE = ["#999", "#E90", "#07B", "#097", "#D50", "#C7A", "#5BE", "#000", "#825", "#173"]
-TICK = [(0, 5), (4, 9), (12, 1)]  # the points of a line
-CROSS = [(0, 0), (10, 10), (5, 5), (10, 0), (0, 10)]
+TICK = [(0, 5), (4, 9), (12, 1)], "#173"  # the points of a line, and its color
+CROSS = [(0, 0), (10, 10), (5, 5), (10, 0), (0, 10)], "#c22"
 MARK_HEIGHT = 15
 
 
@@ -34,15 +34,13 @@ def image_grid(
     row_captions     a line above each row
     column_captions  a line above each group; no row is longer than the first
     scale            whole-number magnification, without blur; by default to about 96 pixels
-    note             lines below all
-    heads            a word above each image of a group, the same for all groups
+    note, heads      lines below all; a word above each image of a group, the same for all groups
     framed           [row]: which image of each group has a frame
     correct          [row][group][image]: a tick below it, or a cross; an empty group: neither
     """
     rows = [[row] if isinstance(row, torch.Tensor) else row for row in rows]
     height, width = rows[0][0].shape[-2:]
     scale = scale or max(1, round(96 / width))
-    mark_height = MARK_HEIGHT if any(map(any, correct)) else 0
     height *= scale
     width *= scale
     step = width + GAP
@@ -56,19 +54,17 @@ def image_grid(
     # where each line of text stands, and where each row of images begins
     top = GAP
     texts = [(x, top, words) for x, words in zip(lefts, column_captions, strict=False)]
-    if column_captions:
-        top += line
+    top += line if column_captions else 0
     for left in lefts[:-1]:
         texts += [(left + i * step, top, word) for i, word in enumerate(heads)]
-    if heads:
-        top += line
+    top += line if heads else 0
     tops = []
     for r in range(len(rows)):
         if r < len(row_captions):
             texts.append((MARGIN, top, row_captions[r]))
             top += line
         tops.append(top)
-        top += height + GAP + mark_height
+        top += height + GAP + (MARK_HEIGHT if any(map(any, correct)) else 0)
     for x, _, words in texts:
         right = max(right, math.ceil(x + font.getlength(words)) + MARGIN)
     for words in textwrap.wrap(note, int(1.9 * right / font.size)):
@@ -92,9 +88,8 @@ def image_grid(
                     corners = (x - 3, y - 3, x + width + 2, y + height + 2)
                     draw.rectangle(corners, outline="black", width=3)
                 if correct and correct[r][g]:
-                    is_right = correct[r][g][i]
-                    points = [(x + dx, below + dy) for dx, dy in (TICK if is_right else CROSS)]
-                    draw.line(points, fill=GREEN if is_right else RED, width=2)
+                    points, color = TICK if correct[r][g][i] else CROSS
+                    draw.line([(x + dx, below + dy) for dx, dy in points], fill=color, width=2)
     return canvas
 
 
@@ -108,8 +103,7 @@ class Axis(NamedTuple):
     end: float
 
     def at(self, value: float) -> float:
-        share = (value - self.low) / (self.high - self.low)
-        share = min(max(share, 0), 1)
+        share = min(max((value - self.low) / (self.high - self.low), 0), 1)
         return round(self.start + share * (self.end - self.start), 1)
 
     def ticks(self) -> list[float]:
@@ -118,8 +112,7 @@ class Axis(NamedTuple):
         power = 10 ** math.floor(math.log10(rough))
         step = min(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough)
         first = math.ceil(self.low / step)
-        last = math.floor(self.high / step)
-        return [i * step for i in range(first, last + 1)]
+        return [i * step for i in range(first, math.floor(self.high / step) + 1)]
 
 
 class Svg:
@@ -175,18 +168,16 @@ def bars(categories: list[str], series: dict, path, title: str, note: str = "") 
             share, half = values[c]
             top = y.at(share)
             svg.rect(x, top, width - 2, 330 - top, color)
-            if half is not None:
+            if half:
                 center = x + width / 2 - 1
-                ends = y.at(share - half), y.at(share + half)
-                svg.line([center, center], ends, "black", 1.5)
+                svg.line([center, center], [y.at(share - half), y.at(share + half)], "black", 1.5)
             x += width
     svg.save(path)
 
 
 def forest(panels: list[str], rows: dict, path, title: str, note: str = "") -> None:
-    """Differences with their intervals, grey where these include 0.
-    rows: {name: [(difference, half its interval) for each panel]}."""
-    reach = max(abs(value) + half for row in rows.values() for value, half in row)
+    """{name: [(difference, half its interval) for each panel]}; grey where that includes 0."""
+    reach = max(abs(value) + half for row in rows.values() for value, half in row) or 1
     bottom = 80 + 24 * len(rows)
     svg = Svg(bottom + 50, title, note)
     width = (PAGE_WIDTH - 270) / len(panels)
@@ -204,24 +195,22 @@ def forest(panels: list[str], rows: dict, path, title: str, note: str = "") -> N
             if p == 0:
                 svg.text(16, y + 4, name, "start")
             color = PALETTE[2] if half < abs(value) else GREY
-            ends = x.at(value - half), x.at(value + half)
-            svg.line(ends, [y, y], color, 2)
+            svg.line([x.at(value - half), x.at(value + half)], [y, y], color, 2)
             svg.rect(x.at(value) - 3, y - 3, 6, 6, color)
     svg.save(path)
 
 
 def curves(series: dict, path, title: str = "", x_label: str = "", y_label: str = "") -> None:
-    """Lines through points, {name: [(x, y), ...]}; those that are not finite are left out.
-    y is logarithmic where all values are positive and differ by more than a factor of 20."""
+    """Lines {name: [(x, y), ...]} through the points that are finite; none at all: no picture."""
     points = [point for row in series.values() for point in row if math.isfinite(point[1])]
     if not points:
         return
     xs, ys = zip(*points, strict=True)
     x = Axis(min(xs), max(xs) + 1e-9, 60, PAGE_WIDTH - 16)
-    y = Axis(min(0, *ys), max(ys) + 1e-9, 330, 70)
-    log = 0 < 20 * min(ys) < max(ys)
-    if log:
-        y = Axis(math.log10(min(ys)), math.log10(max(ys)), 330, 70)
+    log = 0 < 20 * min(ys) < max(ys)  # positive, and more than a factor of 20 apart
+    scale = math.log10 if log else float
+    low = min(ys) if log else min(0, *ys)
+    y = Axis(scale(low), scale(max(ys) + 1e-9), 330, 70)
     svg = Svg(384, title)
     svg.frame(y, series, log)
     for tick in x.ticks():
@@ -230,6 +219,6 @@ def curves(series: dict, path, title: str = "", x_label: str = "", y_label: str 
     svg.text(16, 62, y_label, "start")
     for row, color in zip(series.values(), PALETTE, strict=False):
         finite = [(a, b) for a, b in row if math.isfinite(b)]
-        heights = [y.at(math.log10(b) if log else b) for _, b in finite]
+        heights = [y.at(scale(b)) for _, b in finite]
         svg.line([x.at(a) for a, _ in finite], heights, color, 2)
     svg.save(path)

@@ -9,6 +9,7 @@ import re
 import time
 import zlib
 from collections.abc import Iterator
+from contextlib import suppress
 
 from images import SUFFIXES
 
@@ -18,8 +19,6 @@ LAYOUT = "ImageNet is laid out as train/<wnid>/*.JPEG and val/<wnid>/*.JPEG"
 # How the captions of a class begin.
 STARTS = ["a photo of", "a picture of", "an image of", "a photograph of", "this is", "here you see"]
 SETTLED = 2.0  # s; a folder changed later than this may change again within one tick of its clock
-
-# ----------------------------------------------------------------------------------------- Files
 
 
 def default_cache_dir(cache_dir: str) -> str:
@@ -43,51 +42,33 @@ def list_files(root: str, cache_dir: str = "") -> list[str]:
     root = os.path.abspath(root)
     root_hash = hashlib.sha256(os.fsencode(root)).hexdigest()[:16]
     index = os.path.join(default_cache_dir(cache_dir), f"index_{root_hash}.json.gz")
-    files = read_index(index, root)
-    if files is None:
-        began = time.time()
-        folders, files = walk(root)
-        newest = max(map(max, folders.values()))
-        if newest < (began - SETTLED) * 1e9:
-            write_index(index, {"folders": folders, "files": files})
-    return files
-
-
-def read_index(index: str, root: str) -> list[str] | None:
-    """The files of an index; None where it is absent, damaged or older than a folder of root."""
-    try:
-        with gzip.open(index, "rt") as file:  # gzip brings a checksum
+    # An absent or damaged index is made anew: gzip brings a checksum.
+    with suppress(OSError, EOFError, ValueError, zlib.error):
+        with gzip.open(index, "rt") as file:
             known = json.load(file)
-        for folder, fingerprint in known["folders"].items():
-            if file_fingerprint(os.path.join(root, folder)) != fingerprint:
-                return None
-        return known["files"]
-    except (OSError, EOFError, ValueError, zlib.error):
-        return None
-
-
-def write_index(index: str, content: dict) -> None:
-    """Replaces the index in one step. Where that is not possible, the next start walks again."""
-    part = f"{index}.{os.getpid()}"
-    try:
-        os.makedirs(os.path.dirname(index), exist_ok=True)
-        with gzip.open(part, "wt", 1) as file:
-            file.write(json.dumps(content))
-        os.replace(part, index)
-    except OSError:
-        pass
+        known_folders = known["folders"].items()
+        if all(file_fingerprint(os.path.join(root, path)) == old for path, old in known_folders):
+            return known["files"]
+    began = time.time()
+    folders, files = walk(root)
+    if max(map(max, folders.values())) < (began - SETTLED) * 1e9:
+        # Replace the index in one step. Where that is not possible, the next start walks again.
+        part = f"{index}.{os.getpid()}"
+        with suppress(OSError):
+            os.makedirs(os.path.dirname(index), exist_ok=True)
+            with gzip.open(part, "wt", 1) as file:
+                file.write(json.dumps({"folders": folders, "files": files}))
+            os.replace(part, index)
+    return files
 
 
 def walk(root: str) -> tuple[dict[str, list[int]], list[str]]:
     """The fingerprint of each folder below root, and the files that `list_files` returns."""
-
-    def refuse(error: OSError) -> None:
-        raise ValueError(f"cannot list the folder {error.filename}: {error.strerror}")
-
     folders = {}
     files = []
     visited = set()
-    for path, subfolders, names in os.walk(root, onerror=refuse, followlinks=True):
+    errors = []
+    for path, subfolders, names in os.walk(root, onerror=errors.append, followlinks=True):
         # Enter each folder once: a link may lead back.
         real_path = os.path.realpath(path)
         if real_path in visited:
@@ -101,8 +82,9 @@ def walk(root: str) -> tuple[dict[str, list[int]], list[str]]:
         files += [os.path.join(folder, name) for name in found]
         # A folder that is called like an image is listed, as a bad image, and not entered.
         subfolders[:] = sorted(set(subfolders).intersection(shown) - found)
-    files.sort()
-    return folders, files
+    for error in errors:
+        raise ValueError(f"cannot list the folder {error.filename}: {error.strerror}")
+    return folders, sorted(files)
 
 
 def describe_content(folder: str) -> str:
@@ -113,53 +95,39 @@ def describe_content(folder: str) -> str:
     return f"it holds {', '.join(names)}" if names else "it is an empty folder"
 
 
-# -------------------------------------------------------------------------------------- Captions
-
-
 def class_captions(names: str) -> str:
     """All wordings with all names of a class, "goldfish, Carassius auratus", a line each."""
     captions = []
-    for name in names.lower().split(","):
-        name = name.strip()
+    for name in map(str.strip, names.lower().split(",")):
         article = "an" if re.match("(?!eu|uni|one|uk)[aeiou]", name) else "a"
-        if name:
-            captions += [f"{start} {article} {name}" for start in STARTS]
+        captions += [f"{start} {article} {name}" for start in STARTS if name]
     return "\n".join(captions)
+
+
+def folder_to_name(folder: str) -> str:
+    """`sea_otter` -> `sea otter`; a comma would part two names."""
+    return re.sub("[_,]", " ", os.path.basename(folder))
 
 
 def class_names(data_dir: str, classes: list[str]) -> dict[str, str]:
     """The comma-separated names of class folders: from a list of CLASS_LISTS in data_dir, from the
-    folders' own names, or from torchvision. Raises ValueError where they are WordNet ids and
-    nothing says what one of them means."""
+    folders' own names, or from torchvision. Raises ValueError where none names one of them."""
     for path in (os.path.join(data_dir, name) for name in CLASS_LISTS):
         if os.path.isfile(path):
-            return read_class_list(path, classes)
+            with open(path, encoding="utf-8", errors="replace") as file:
+                names = dict(line.strip().split(None, 1) for line in file if len(line.split()) > 1)
+            for name in sorted(set(classes) - names.keys()):
+                line = f"add a line `{name} its name, another name`"
+                raise ValueError(f"{path} has no name for the class folder {name}: {line}")
+            return {name: names[name] for name in classes}
     if not all(re.fullmatch(r"n\d{8}", name) for name in classes):
         return {name: folder_to_name(name) for name in classes}
     if len(classes) == 1000:  # ImageNet-1k: torchvision has its names, in the order of the ids
         from torchvision.models._meta import _IMAGENET_CATEGORIES
 
         return dict(zip(classes, _IMAGENET_CATEGORIES, strict=True))
-    raise ValueError(
-        f"nothing says what class folders such as {classes[0]} mean: put a file {CLASS_LISTS[0]} "
-        f"with lines `{classes[0]} its name, another name` into {data_dir}"
-    )
-
-
-def read_class_list(path: str, classes: list[str]) -> dict[str, str]:
-    """The names of `classes` in a class list. Raises ValueError where one is absent."""
-    with open(path, encoding="utf-8", errors="replace") as file:
-        names = dict(line.strip().split(None, 1) for line in file if len(line.split()) > 1)
-    for name in sorted(classes):
-        if name not in names:
-            line = f"{name} its name, another name"
-            raise ValueError(f"{path} has no name for the class folder {name}: add a line `{line}`")
-    return {name: names[name] for name in classes}
-
-
-def folder_to_name(folder: str) -> str:
-    """`sea_otter` -> `sea otter`; a comma would part two names."""
-    return re.sub("[_,]", " ", os.path.basename(folder))
+    hint = f"put a file {CLASS_LISTS[0]} with lines `{classes[0]} its name, another name`"
+    raise ValueError(f"class folders such as {classes[0]} have no names: {hint} into {data_dir}")
 
 
 def read_metadata(path: str) -> Iterator[tuple[str, str]]:
@@ -178,25 +146,6 @@ def read_metadata(path: str) -> Iterator[tuple[str, str]]:
         raise ValueError(f"{path}, near row {number}: {rule} ({reason})") from None
 
 
-def metadata_captions(root: str, paths: list[str]) -> dict[str, list[str]]:
-    """The captions that metadata files among `paths` give, by the image's path below root."""
-    captions = {}
-    for path in paths:
-        folder, name = os.path.split(path)
-        if name in METADATA:
-            for file_name, text in read_metadata(os.path.join(root, path)):
-                captions.setdefault(os.path.join(folder, file_name), []).append(text)
-    return captions
-
-
-def wnid_folders(root: str, files: list[str]) -> list[str]:
-    """The class folder of each image, directly below root. Raises ValueError where one has none."""
-    for file in files:
-        if os.sep not in file:
-            raise ValueError(f"{root} has images in no class folders, such as {file}: {LAYOUT}")
-    return [file.split(os.sep, 1)[0] for file in files]
-
-
 def pair_with_captions(root: str, paths: list[str], name: str, data_dir: str):
     """The images among `paths`, and the captions of each, a wording a line (two lists).
 
@@ -205,33 +154,38 @@ def pair_with_captions(root: str, paths: list[str], name: str, data_dir: str):
     metadata. Raises ValueError where there is no image, where metadata names none of them, and
     where an image of an ImageNet has no class.
     """
-    captions = metadata_captions(root, paths)
-    files = [path for path in paths if os.path.basename(path) not in METADATA]
+    files = []
+    captions = {}
+    for path in paths:
+        folder, file_name = os.path.split(path)
+        if file_name not in METADATA:
+            files.append(path)
+            continue
+        for described, text in read_metadata(os.path.join(root, path)):
+            captions.setdefault(os.path.join(folder, described), []).append(text)
     if not files:
         looked = f"looked for {' '.join(sorted(SUFFIXES))}"
         raise ValueError(f"no images below {root} ({looked}); {describe_content(root)}")
     if captions and captions.keys().isdisjoint(files):
-        raise ValueError(
-            f"the metadata below {root} names no image that is there, neither {min(captions)!r}: "
-            f"`file_name` is relative to the metadata's folder"
-        )
+        hint = "`file_name` is relative to the metadata's folder"
+        raise ValueError(f"no image below {root} is named in its metadata ({min(captions)}): {hint}")
     names = {}
     if name == "imagenet":
-        folders = wnid_folders(root, files)
+        for file in files:
+            if os.sep not in file:
+                raise ValueError(f"{root} has images in no class folders, such as {file}: {LAYOUT}")
+        folders = [file.split(os.sep, 1)[0] for file in files]
         names = class_names(data_dir, sorted(set(folders)))
     else:
         folders = [os.path.dirname(file) for file in files]
         if len(set(folders)) > 1 and not captions:
-            names = {folder: folder_to_name(folder) for folder in set(folders)}
+            names = {folder: folder_to_name(folder) for folder in folders}
     by_class = {folder: class_captions(name) for folder, name in names.items()}
     texts = []
     for file, folder in zip(files, folders, strict=True):
         own = "\n".join(captions.get(file, ()))
         texts.append(own or by_class.get(folder, ""))
     return files, texts
-
-
-# ---------------------------------------------------------------------------------------- Splits
 
 
 def read_folder(name: str, split: str, data_dir: str, cache_dir: str):

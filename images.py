@@ -1,7 +1,4 @@
-"""The one reader of image files: any format and mode -> upright RGB -> a square -> a tensor.
-
-# B batch, H W pixels.
-"""
+"""The one reader of image files: any format and mode -> upright RGB -> a square -> (B, 3, H, W)."""
 
 import os
 import warnings
@@ -17,21 +14,8 @@ FORMATS = ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM"]  # by content, no
 warnings.filterwarnings("ignore", module="PIL")
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Any Pillow image as RGB of the same size: EXIF orientation applied, alpha over white."""
-    ImageOps.exif_transpose(image, in_place=True)
-    if image.mode.startswith("I"):
-        # 16 bits: scale them to 8, as convert("L") would clip at 255.
-        image = image.convert("I").point(lambda value: value * (1 / 257) + 0.5).convert("L")
-    elif image.has_transparency_data:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image)
-    return image.convert("RGB")
-
-
 def open_rgb(path: str, draft_size: int = 0) -> Image.Image:
-    """An image file as `to_rgb` makes it; of an animation the first frame.
+    """An image file as RGB: EXIF orientation applied, alpha over white, an animation's first frame.
 
     draft_size: a JPEG may be decoded at 1/2, 1/4 or 1/8 of its size, which is faster, as long as
     no side falls below this number of pixels; 0 for full size. Raises OSError for what is not a
@@ -41,12 +25,19 @@ def open_rgb(path: str, draft_size: int = 0) -> Image.Image:
         raise OSError("not a file")  # reading a pipe would wait
     with Image.open(path, formats=FORMATS) as image:
         # Pillow itself warns here, and refuses only twice as many.
-        if image.width * image.height > Image.MAX_IMAGE_PIXELS:
-            size = f"{image.width} x {image.height} pixels"
-            raise ValueError(f"{size} are more than {Image.MAX_IMAGE_PIXELS}")
+        limit = Image.MAX_IMAGE_PIXELS
+        if image.width * image.height > limit:
+            raise ValueError(f"{image.width} x {image.height} pixels are more than {limit}")
         if draft_size:
             image.draft(None, (draft_size, draft_size))
-        return to_rgb(image)
+        ImageOps.exif_transpose(image, in_place=True)
+        if image.mode.startswith("I"):
+            # 16 bits: scale them to 8, as convert("L") would clip at 255.
+            image = image.convert("I").point(lambda value: value * (1 / 257) + 0.5).convert("L")
+        elif image.has_transparency_data:
+            white = Image.new("RGBA", image.size, "white")
+            image = Image.alpha_composite(white, image.convert("RGBA"))
+        return image.convert("RGB")
 
 
 def center_crop_resize(image: Image.Image, size: int) -> Image.Image:
@@ -69,8 +60,7 @@ def to_tensor(images: list[Image.Image]) -> torch.Tensor:
     """RGB images of one size -> (B, 3, H, W) float in [0, 1]."""
     batch = torch.empty(len(images), 3, images[0].height, images[0].width)  # (B, 3, H, W)
     if get_worker_info():
-        # Write where the main process reads: no copy on the way.
-        batch.share_memory_()
+        batch.share_memory_()  # the main process reads it there: no copy on the way
     for i, image in enumerate(images):
         pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
         batch[i] = rearrange(pixels, "(h w c) -> c h w", h=image.height, c=3)

@@ -10,8 +10,7 @@ Every position also attends to the prefix, which never attends to the image (mod
 paradigm is one more class here and its row in PARADIGMS.
 
 Flow convention, here and everywhere: x_t = t * image + (1 - t) * noise. t = 0 is noise, t = 1 the
-image, and velocity = image - noise. Noise in a sampler is drawn on the CPU: a seed means the same
-picture on every device.
+image, and velocity = image - noise.
 
 # B batch, T prefix length, N image positions, G of them drawn at a time, D width, C codes,
 # P values of a patch (3 * patch_size^2), W width of the flow MLP
@@ -19,6 +18,7 @@ picture on every device.
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn as nn
@@ -32,6 +32,7 @@ from words import BOS, EOS, PAD
 LOGIT_NORMAL_MEAN = -1.0
 LOGIT_NORMAL_STD = 1.0
 MIN_ONE_MINUS_T = 0.1  # bounds the weight 1 / (1 - t)^2 of the velocity loss; 0.05 in 2511.13720
+LOG_FREQUENCY_RANGE = 9.2103  # log(10,000), of the time embedding
 MLP_REPEATS = 2  # mar: times and noises drawn for each patch; 4 in arXiv 2406.11838, appendix B
 
 # Sampling
@@ -50,14 +51,8 @@ class Sampling:
     temperature: float = 1.0  # of the codes (ar, mask: 0 is greedy) or of the noise (flow, mar)
 
 
-# ---------------------------------------------------------------- the paradigms
-
-
 class Flow(nn.Module):
-    """flow: each position holds a noised patch, all at one t, and predicts the clean patch.
-
-    x-prediction, arXiv 2511.13720.
-    """
+    """flow: each position holds a noised patch and predicts the clean one (arXiv 2511.13720)."""
 
     causal = False
     uses_tokenizer = False
@@ -72,12 +67,10 @@ class Flow(nn.Module):
         self.norm = nn.LayerNorm(cfg.width, bias=False)
         self.flow_head = nn.Linear(cfg.width, patch_values)
 
-    def embed(self, model, x_t, t):
-        """Noised patches (B, N, P) and their times (B,) -> (B, N, D)."""
+    def embed(self, model, x_t, t):  # (B, N, P), (B,) -> (B, N, D)
         return self.norm(self.patch_embed(x_t) + self.t_embed(t)[:, None])
 
-    def head(self, model, h):
-        """Hidden states (B, N, D) -> clean patches (B, N, P)."""
+    def head(self, model, h):  # (B, N, D) -> clean patches (B, N, P)
         return self.flow_head(h)
 
     def loss(self, model, prefix, images):
@@ -87,15 +80,15 @@ class Flow(nn.Module):
         x_pred = model.predict_image(prefix, x_t, t[:, 0, 0])  # (B, N, P)
         return velocity_squared_error(x_pred, x, t).mean()
 
-    def sample(self, model, prefix, sampling, generator):
+    def sample(self, model, prefix, sampling, noise):
         """From noise (t = 0) to image (t = 1), all patches together: (B, T, D) -> (B, 3, H, W)."""
         predict = prefill_guided(model, prefix, sampling)
+        N, P = model.cfg.image_len, 3 * model.cfg.patch_size**2
+        draw_noise = partial(noise.normal, N, P, std=model.cfg.noise_scale * sampling.temperature)
 
         def predict_guided(x_t, t):
             return cfg_predict(predict, sampling.cfg_scale, x_t, t.expand(len(x_t)))
 
-        shape = (len(prefix), model.cfg.image_len, 3 * model.cfg.patch_size**2)
-        draw_noise = noise_source(model, shape, sampling, generator)
         x = euler_sample(predict_guided, draw_noise, sampling.steps, sampling.eta)
         return unpatchify(x, model.cfg.patch_size)
 
@@ -113,19 +106,17 @@ class MaskedCodes(nn.Module):
     def __init__(self, cfg):
         super().__init__()
 
-    def embed(self, model, codes):
-        """Codes (B, N) in [0, C], where C is [MASK] -> (B, N, D)."""
+    def embed(self, model, codes):  # (B, N) in [0, C], C is [MASK] -> (B, N, D)
         return model.wte(codes + model.cfg.vocab_size)
 
-    def head(self, model, h):
-        """Hidden states (B, N, D) -> logits (B, N, C), of the codes alone."""
+    def head(self, model, h):  # (B, N, D) -> logits of the codes alone (B, N, C)
         return F.linear(h, model.lm_head.weight[model.cfg.vocab_size : -1])
 
     def loss(self, model, prefix, images):
         """-log p(code_i | prefix, codes not masked), mean over the masked codes.
 
-        A share cos(pi u / 2) is masked, u ~ U(0, 1) (arXiv 2202.04200, eq. 1 and section 3.3;
-        Show-o, arXiv 2408.12528). (B, T, D), (B, 3, H, W) in [0, 1] -> scalar.
+        A share cos(pi u / 2) is masked, u ~ U(0, 1) (arXiv 2202.04200, section 3.3; Show-o, arXiv
+        2408.12528). (B, T, D), (B, 3, H, W) in [0, 1] -> scalar.
         """
         codes = model.tokenizer.encode(images)  # (B, N)
         u = torch.rand(len(codes), 1, device=codes.device)
@@ -134,7 +125,7 @@ class MaskedCodes(nn.Module):
         nll = F.cross_entropy(logits.transpose(1, 2).float(), codes, reduction="none")  # (B, N)
         return masked_mean(masked, nll)
 
-    def sample(self, model, prefix, sampling, generator):
+    def sample(self, model, prefix, sampling, noise):
         """All codes at once, keep the most confident, and again (arXiv 2202.04200, section 3.2).
 
         The confidence is the log-probability of the sampled code plus noise that fades out, without
@@ -145,10 +136,10 @@ class MaskedCodes(nn.Module):
         codes = torch.full((len(prefix), model.cfg.image_len), mask_id, device=prefix.device)
         for step, num_masked in enumerate(mask_schedule(model.cfg.image_len, sampling.steps), 1):
             logits = cfg_predict(predict, sampling.cfg_scale, codes)  # (B, N, C)
-            sampled = sample_categorical(logits, sampling.temperature, generator)  # (B, N)
+            sampled = sample_categorical(logits, sampling.temperature, noise)  # (B, N)
             log_p = logits.log_softmax(-1).gather(-1, sampled[..., None])[..., 0]
             scale = sampling.temperature * CHOICE_NOISE * (1 - step / sampling.steps)
-            confidence = log_p + scale * gumbel_noise(log_p, generator)
+            confidence = log_p + scale * noise.gumbel(*log_p.shape[1:])
             # codes that are decided come last, so that they stay
             confidence = confidence.masked_fill(codes != mask_id, math.inf)
             least_confident = confidence.argsort(1)[:, :num_masked]
@@ -173,14 +164,13 @@ class Autoregressive(MaskedCodes):
         logits = model.predict_image(prefix, previous)  # (B, N, C)
         return F.cross_entropy(logits.flatten(0, 1).float(), codes.flatten())
 
-    def sample(self, model, prefix, sampling, generator):
+    def sample(self, model, prefix, sampling, noise):
         """Code by code, in reading order: (B, T, D) -> (B, 3, H, W)."""
         predict = prefill_guided(model, prefix, sampling)
-        begin = torch.full((len(prefix), 1), model.cfg.codes, device=prefix.device)
-        codes = [begin]
+        codes = [torch.full((len(prefix), 1), model.cfg.codes, device=prefix.device)]  # [MASK]
         for _ in range(model.cfg.image_len):
             logits = cfg_predict(predict, sampling.cfg_scale, codes[-1])  # (B, 1, C)
-            codes.append(sample_categorical(logits, sampling.temperature, generator))  # (B, 1)
+            codes.append(sample_categorical(logits, sampling.temperature, noise))  # (B, 1)
         return model.tokenizer.decode(torch.cat(codes[1:], 1))
 
 
@@ -200,12 +190,10 @@ class MaskedAutoregressive(nn.Module):
         self.mask_embed = nn.Parameter(torch.empty(1, cfg.width))
         self.flow_mlp = FlowMLP(cfg)
 
-    def embed(self, model, patches, masked):
-        """Patches (B, N, P) and which are masked (B, N) -> (B, N, D)."""
+    def embed(self, model, patches, masked):  # (B, N, P), (B, N) bool -> (B, N, D)
         return torch.where(masked[..., None], self.mask_embed, self.patch_embed(patches))
 
-    def head(self, model, h):
-        """Hidden states (B, N, D), as the flow MLP takes them."""
+    def head(self, model, h):  # (B, N, D), as the flow MLP takes them
         return h
 
     def loss(self, model, prefix, images):
@@ -224,15 +212,16 @@ class MaskedAutoregressive(nn.Module):
         x_pred = self.flow_mlp(x_t, t[..., 0], h)  # (2 B, N, P)
         return masked_mean(masked, velocity_squared_error(x_pred, x, t).mean(-1))
 
-    def sample(self, model, prefix, sampling, generator):
+    def sample(self, model, prefix, sampling, noise):
         """Groups of patches in a random order, each patch drawn by the flow MLP (section 3.4).
 
         (B, T, D) -> (B, 3, H, W).
         """
         predict = prefill_guided(model, prefix, sampling)
         copies = 1 if sampling.cfg_scale == 1 else 2  # states with the condition, and without
+        std = model.cfg.noise_scale * sampling.temperature
         B, N, P = len(prefix), model.cfg.image_len, 3 * model.cfg.patch_size**2
-        order = torch.rand(B, N, generator=generator).argsort(1).to(prefix.device)  # permutations
+        order = noise.uniform(N).argsort(1)  # (B, N), each row a permutation
         x = prefix.new_zeros(B, N, P)
         masked = torch.ones(B, N, dtype=torch.bool, device=prefix.device)
         done = 0
@@ -240,31 +229,21 @@ class MaskedAutoregressive(nn.Module):
             group = order[:, done : N - num_masked, None]  # (B, G, 1)
             h = predict(x.repeat(copies, 1, 1), masked.repeat(copies, 1))  # (2 B, N, D)
             h = h.take_along_dim(group.repeat(copies, 1, 1), 1)  # (2 B, G, D)
-            shape = (B, group.shape[1], P)
-            draw_noise = noise_source(model, shape, sampling, generator)
-            predict_guided = self.guided_flow_mlp(h, sampling.cfg_scale)
+            predict_guided = partial(self.predict_guided, h, sampling.cfg_scale)
+            draw_noise = partial(noise.normal, group.shape[1], P, std=std)
             patches = euler_sample(predict_guided, draw_noise, FLOW_MLP_STEPS, sampling.eta)
             x = x.scatter(1, group.expand_as(patches), patches)
             masked = masked.scatter(1, group[..., 0], False)
             done = N - num_masked
         return unpatchify(x, model.cfg.patch_size)
 
-    def guided_flow_mlp(self, h, cfg_scale):
-        """The flow MLP at states h (2 B, G, D) as predict(x_t (B, G, P), t) -> (B, G, P)."""
-
-        def predict_guided(x_t, t):
-            times = t.expand(x_t.shape[:2])  # (B, G)
-            return cfg_predict(lambda x, t: self.flow_mlp(x, t, h), cfg_scale, x_t, times)
-
-        return predict_guided
+    def predict_guided(self, h, cfg_scale, x_t, t):
+        """Patches (B, G, P) at one t, with the states h (2 B, G, D) -> clean ones (B, G, P)."""
+        flow_mlp = partial(self.flow_mlp, h=h)
+        return cfg_predict(flow_mlp, cfg_scale, x_t, t.expand(x_t.shape[:2]))
 
 
-PARADIGMS = {
-    "flow": Flow,
-    "ar": Autoregressive,
-    "mask": MaskedCodes,
-    "mar": MaskedAutoregressive,
-}
+PARADIGMS = {"flow": Flow, "ar": Autoregressive, "mask": MaskedCodes, "mar": MaskedAutoregressive}
 
 
 # ---------------------------------------------------------------- the parts they are made of
@@ -275,12 +254,11 @@ class TimeEmbedding(nn.Module):
 
     def __init__(self, width: int, frequencies: int = 64):
         super().__init__()
-        # from 1000 down to 0.1, in equal ratios: 9.2103 is the logarithm of 10,000
-        freqs = 1000 * torch.exp(-torch.arange(frequencies) / frequencies * 9.2103)
+        # from 1000 down to 0.1, in equal ratios
+        freqs = 1000 * torch.exp(-torch.arange(frequencies) / frequencies * LOG_FREQUENCY_RANGE)
         self.register_buffer("freqs", freqs, persistent=False)
-        self.mlp = nn.Sequential(
-            nn.Linear(2 * frequencies, width), nn.SiLU(), nn.Linear(width, width)
-        )
+        layers = [nn.Linear(2 * frequencies, width), nn.SiLU(), nn.Linear(width, width)]
+        self.mlp = nn.Sequential(*layers)
 
     def forward(self, t):
         angles = t.float()[..., None] * self.freqs
@@ -304,10 +282,7 @@ class ModulatedMLP(nn.Module):
 
 
 class FlowMLP(nn.Module):
-    """x-prediction of one patch from its noised self, its t and the transformer's state.
-
-    arXiv 2406.11838, section 4.2, which predicts the noise.
-    """
+    """A patch from its noised self, its t and the transformer's state (2406.11838, section 4.2)."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -320,8 +295,7 @@ class FlowMLP(nn.Module):
         self.norm = nn.LayerNorm(width, bias=False)
         self.flow_head = nn.Linear(width, patch_values)
 
-    def forward(self, x_t, t, h):
-        """(..., P), (...), (..., D) -> clean patches (..., P)."""
+    def forward(self, x_t, t, h):  # (..., P), (...), (..., D) -> clean patches (..., P)
         x = self.in_proj(x_t)  # (..., W)
         c = F.silu(self.t_embed(t) + self.cond_proj(h))
         for block in self.blocks:
@@ -331,8 +305,8 @@ class FlowMLP(nn.Module):
 
 def patchify(images, patch_size: int):
     """Images (B, 3, H, W) in [0, 1] -> patches (B, N, P) in [-1, 1], values ordered (p q c)."""
-    p = patch_size
-    return rearrange(images * 2 - 1, "b c (h p) (w q) -> b (h w) (p q c)", p=p, q=p)
+    pattern = "b c (h p) (w q) -> b (h w) (p q c)"
+    return rearrange(images * 2 - 1, pattern, p=patch_size, q=patch_size)
 
 
 def unpatchify(patches, patch_size: int):
@@ -406,16 +380,6 @@ def euler_sample(predict, draw_noise, steps: int, eta: float):
     return x_t
 
 
-def noise_source(model, shape, sampling, generator):
-    """A function that draws the model's noise of that shape, on the model's device."""
-    scale = model.cfg.noise_scale * sampling.temperature
-
-    def draw_noise():
-        return torch.randn(shape, generator=generator).to(model.device) * scale
-
-    return draw_noise
-
-
 # ---------------------------------------------------------------- guidance, codes, masks
 
 
@@ -451,8 +415,7 @@ def cfg_predict(predict, cfg_scale: float, *inputs):
     """
     if cfg_scale == 1:
         return predict(*inputs)
-    doubled = [torch.cat([x, x]) for x in inputs]
-    cond, uncond = predict(*doubled).chunk(2)
+    cond, uncond = predict(*(torch.cat([x, x]) for x in inputs)).chunk(2)
     return uncond + cfg_scale * (cond - uncond)
 
 
@@ -470,13 +433,38 @@ def mask_schedule(N: int, steps: int):
         yield num_masked
 
 
-def gumbel_noise(like, generator):
-    """Standard Gumbel noise of the shape, type and device of `like`."""
-    return -torch.empty(like.shape).exponential_(generator=generator).log().to(like)
+def sample_categorical(logits, temperature: float, noise):
+    """One id an entry from softmax(logits / temperature), by the Gumbel-max trick.
 
-
-def sample_categorical(logits, temperature: float, generator):
-    """One id from softmax(logits / temperature), by the Gumbel-max trick: (..., C) -> (...)."""
+    logits (B, ..., C), noise: that of the B images -> (B, ...); a temperature of 0 is greedy.
+    """
     if temperature > 0:
-        logits = logits + temperature * gumbel_noise(logits, generator)
+        logits = logits + temperature * noise.gumbel(*logits.shape[1:])
     return logits.argmax(-1)
+
+
+class ImageNoise:
+    """The noise of B images, each from its own seed: the same in a batch of any size.
+
+    Drawn on the model's device; another kind of device gives other noise for a seed.
+    """
+
+    def __init__(self, seeds, device):
+        self.device = device
+        self.generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+
+    def draw(self, distribution: str, shape):
+        """One of torch's in-place distributions, `normal_` for instance: (B, *shape)."""
+        noise = torch.empty(len(self.generators), *shape, device=self.device)
+        for image, generator in zip(noise, self.generators, strict=True):
+            getattr(image, distribution)(generator=generator)
+        return noise
+
+    def normal(self, *shape, std: float = 1.0):
+        return std * self.draw("normal_", shape)
+
+    def uniform(self, *shape):
+        return self.draw("uniform_", shape)
+
+    def gumbel(self, *shape):
+        return -self.draw("exponential_", shape).log()

@@ -1,24 +1,28 @@
-"""Public weights into the ViT of encoder.py: read a file, recognise its architecture, load it.
+"""Public weights into the ViT of encoder.py: find a file, recognise its architecture, load it.
 
     encoder = load_encoder("path/to/model.safetensors")  # or a preset, or a folder as on the hub
     python pretrained.py clip-b16 photo.jpg              # what it is, what it sees: photo_pca.png
 
 Recognised are the layouts of transformers, OpenCLIP, timm, torchvision and DINOv2's own code, by
 names and shapes of tensors; config.json says what no tensor shows (number of heads, activation).
-Loading is strict: each tensor of the file is used once or left out by name, and each of the model
-is filled.
-
+Loading is strict: a tensor of the file is used once or left out by name, each of ours is filled.
 # D width, N patches; "source" is a name in the file, "target" our name for it
 """
 
 import argparse
+import difflib
+import hashlib
 import json
 import math
 import mmap
+import os
 import re
+import shutil
 import sys
+import urllib.request
 import zipfile
 from dataclasses import asdict, replace
+from http.client import HTTPException
 from pathlib import Path
 
 import torch
@@ -27,32 +31,90 @@ from PIL import Image
 from torch import Tensor
 
 from encoder import ACTIVATIONS, CLIP_STATS, HALF_STATS, POOLS, ViT, ViTConfig
-from hub import HUB, find_weights
 from images import open_rgb, to_tensor
 
 Tensors = dict[str, Tensor]
+HUB = {  # preset -> repository on the public hub; -reg: with registers
+    "clip-b32": "openai/clip-vit-base-patch32",
+    "clip-b16": "openai/clip-vit-base-patch16",
+    "clip-l14": "openai/clip-vit-large-patch14",
+    "clip-l14-336": "openai/clip-vit-large-patch14-336",
+    "siglip-b16": "google/siglip-base-patch16-224",
+    "siglip-so400m-14": "google/siglip-so400m-patch14-384",
+    "siglip2-b16": "google/siglip2-base-patch16-224",
+    "siglip2-so400m-14": "google/siglip2-so400m-patch14-384",
+}
+for size in ("small", "base", "large", "giant"):
+    HUB[f"dinov2-{size[0]}14"] = f"facebook/dinov2-{size}"
+    HUB[f"dinov2-{size[0]}14-reg"] = f"facebook/dinov2-with-registers-{size}"
+WEIGHTS = ["model.safetensors", "open_clip_model.safetensors"]
+WEIGHTS += ["pytorch_model.bin", "open_clip_pytorch_model.bin"]
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 DTYPES |= {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8}
 DTYPES |= {"U8": torch.uint8, "BOOL": torch.bool}
 
 
-def read_safetensors(path: Path) -> Tensors:
-    """Names and tensors of a safetensors file: u64 header length, JSON header, raw bytes.
+def find_weights(name_or_path: str) -> Path:
+    """The file of weights behind a preset's name, a folder or a path."""
+    path = fetch(HUB[name_or_path]) if name_or_path in HUB else Path(name_or_path)
+    if not path.exists():
+        near = " or ".join(difflib.get_close_matches(name_or_path, HUB, n=3, cutoff=0.3) or HUB)
+        raise ValueError(f"{name_or_path} is neither a path nor an encoder; did you mean {near}?")
+    if not path.is_dir():
+        return path
+    for name in WEIGHTS:
+        if (path / name).exists():
+            return path / name
+    raise ValueError(f"{path} holds none of {', '.join(WEIGHTS)}")
 
-    They are views of the mapped file: only those in use are read. Raises ValueError if they do
-    not fill the file one after the other.
-    """
-    with open(path, "rb") as file:
-        # Copy on write, since torch wants a writable buffer.
+
+def fetch(repo: str) -> Path:
+    """A folder with a hub repository's files: of the hub's cache, of ours, or downloaded."""
+    home = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
+    name = repo.replace("/", "--")
+    shared = Path(os.environ.get("HF_HUB_CACHE", home / "hub"), f"models--{name}")
+    own = Path(torch.hub.get_dir(), "checkpoints", name)
+    for config in (*sorted(shared.glob("snapshots/*/config.json")), *own.glob("config.json")):
+        if any((config.parent / file).exists() for file in WEIGHTS):
+            return config.parent
+    if os.environ.get("HF_HUB_OFFLINE", "0").lower() in ("1", "true", "yes", "on"):
+        raise ValueError(f"HF_HUB_OFFLINE is set, neither {shared} nor {own} has {repo}")
+    own.mkdir(parents=True, exist_ok=True)
+    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+    # Some older repositories have only the last of these.
+    for file in ("config.json", "model.safetensors", "pytorch_model.bin"):
+        url = f"{endpoint}/{repo}/resolve/main/{file}"
+        part = own / f"{file}.part"
+        try:
+            with urllib.request.urlopen(url, timeout=30) as reply, open(part, "wb") as out:
+                print(f"downloading {url} to {own}", file=sys.stderr)
+                shutil.copyfileobj(reply, out)
+                if reply.length:  # what is still to come
+                    raise OSError(f"it broke off {reply.length} bytes before its end")
+        except (OSError, HTTPException) as error:
+            part.unlink(missing_ok=True)
+            if getattr(error, "code", None) == 404:
+                continue
+            raise ValueError(f"cannot download {url}: {error}") from None
+        part.replace(own / file)
+        if file in WEIGHTS:
+            return own
+    raise ValueError(f"{repo} holds neither model.safetensors nor pytorch_model.bin")
+
+
+# ---- Reading files
+def read_safetensors(path: Path) -> Tensors:
+    """A file of u64 header length, JSON header, raw bytes; the tensors are views of the mapping."""
+    with open(path, "rb") as file:  # copy on write, since torch wants a writable buffer
         data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-    start = 8 + int.from_bytes(data[:8], "little")
+    position = start = 8 + int.from_bytes(data[:8], "little")
     if start > len(data):
         raise ValueError(f"the header claims {start - 8} bytes, the file has {len(data)}")
     tensors = {}
-    position = start
     try:
         header = json.loads(data[8:start].decode())
         header.pop("__metadata__", None)
+        # The tensors have to fill the file one after the other.
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
             dtype = DTYPES[entry["dtype"]]
             begin, end = entry["data_offsets"]
@@ -73,8 +135,7 @@ def read_tensors(path: Path) -> Tensors:
     """Any checkpoint file as names and tensors, memory-mapped where the format allows."""
     if path.suffix == ".safetensors":
         return read_safetensors(path)
-    try:
-        # weights_only keeps a pickle from running code.
+    try:  # weights_only keeps a pickle from running code
         tensors = torch.load(path, "cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # a damaged pickle or zip can raise nearly anything
         reason = f"{type(error).__name__} {error}".partition("\n")[0]
@@ -88,25 +149,19 @@ def read_tensors(path: Path) -> Tensors:
 
 
 # ---- From the publishers' names to ours
-
-
 def invert_table(table: str) -> dict[str, str]:
     """Rows of a target and its sources, as a dictionary from source to target."""
-    targets = {}
-    for row in table.strip().splitlines():
-        target, *sources = row.split()
-        targets |= dict.fromkeys(sources, target)
-    return targets
+    rows = [row.split() for row in table.strip().splitlines()]
+    return {source: target for target, *sources in rows for source in sources}
 
 
 # Our name, then what transformers (CLIP and SigLIP, DINOv2), OpenCLIP, timm and DINOv2's own
 # files, and torchvision call it.
 NAMES = invert_table("""
-patch_embed      embeddings.patch_embedding embeddings.patch_embeddings.projection
-patch_embed      conv1 patch_embed.proj conv_proj
-cls_token        embeddings.class_embedding embeddings.cls_token class_embedding class_token
-registers        embeddings.register_tokens register_tokens reg_token
-positions        embeddings.position_embedding.weight embeddings.position_embeddings
+patch_embed      patch_embedding patch_embeddings.projection conv1 patch_embed.proj conv_proj
+cls_token        class_embedding class_token
+registers        register_tokens reg_token
+positions        position_embedding.weight position_embeddings
 positions        positional_embedding pos_embed encoder.pos_embedding
 norm_pre         pre_layrnorm ln_pre
 norm1            layer_norm1 ln_1
@@ -134,21 +189,20 @@ pool.mlp.fc2     head.mlp.fc2 attn_pool.mlp.fc2
 proj             visual_projection
 proj.transposed  proj
 """)
-WRAPPER = re.compile(r"(vision_model|visual\.trunk|visual|dinov2|dinov2_with_registers)\.")
+PREFIX = re.compile(r"((vision_model|visual(\.trunk)?|dinov2(_with_registers)?)\.)?(embeddings\.)?")
 LAYERS = r"encoder\.layers?\.|encoder\.layers\.encoder_layer_|transformer\.resblocks\.|blocks\."
 BLOCK = re.compile(rf"(?:(?:{LAYERS})(\d+)\.)?(.*)", re.DOTALL)
 # Not of the encoder: text towers, classifiers, what only training or similarity with text needs.
 LEFT_OUT = re.compile(
     r"(text_model|text|transformer|token_embedding|ln_final|classifier|heads)\."
-    r"|head\.(weight|bias)$"
-    r"|(text_projection(\.weight)?|positional_embedding|logit_scale|logit_bias)$"
+    r"|(head\.(weight|bias)|text_projection(\.weight)?|positional_embedding|logit_(scale|bias))$"
     r"|(.+\.)?(position_ids|mask_token)$"
 )
 
 
 def target_name(source: str) -> str:
-    """Our name for a tensor: the wrapper goes, the block and the last part (weight, bias) stay."""
-    number, name = BLOCK.fullmatch(WRAPPER.sub("", source, count=1)).groups()
+    """Our name for a tensor: the prefix goes, the block and the last part (weight, bias) stay."""
+    number, name = BLOCK.fullmatch(PREFIX.sub("", source, count=1)).groups()
     block = f"blocks.{number}." if number else ""
     if name in NAMES:
         return block + NAMES[name]
@@ -174,13 +228,14 @@ def rename_keys(tensors: Tensors) -> Tensors:
 
 CLIP = CLIP_STATS | {"norm_eps": 1e-5}
 ANTIALIAS = {"pos_resize": "antialias"}
-HF_PATCHES = "embeddings.patch_embedding.weight"
 # A family, some of its tensors, by which it is known, and what no tensor shows. The first counts.
 FAMILIES = (
-    ("CLIP, transformers", f"{HF_PATCHES} pre_layrnorm.weight", CLIP | {"act": "quick_gelu"}),
-    ("SigLIP, transformers", HF_PATCHES, HALF_STATS | {"act": "gelu_tanh"}),
-    ("DINOv2, transformers", "embeddings.patch_embeddings.projection.weight", {}),
+    ("CLIP, transformers", "pre_layrnorm.weight", CLIP | {"act": "quick_gelu"}),
+    ("SigLIP, transformers", "patch_embedding.weight", HALF_STATS | {"act": "gelu_tanh"}),
+    ("DINOv2, transformers", "patch_embeddings.projection.weight register_tokens", ANTIALIAS),
+    ("DINOv2, transformers", "patch_embeddings.projection.weight", {}),
     ("CLIP, OpenCLIP", "conv1.weight", CLIP | ANTIALIAS),
+    ("DINOv2", "patch_embed.proj.weight mask_token register_tokens", ANTIALIAS),
     ("DINOv2", "patch_embed.proj.weight mask_token", {"pos_resize": "offset"}),
     ("CLIP, timm", "patch_embed.proj.weight norm_pre.weight", CLIP | ANTIALIAS),
     ("ViT, timm", "patch_embed.proj.weight blocks.0.ls1.gamma", ANTIALIAS),
@@ -204,7 +259,8 @@ pool        global_pool
 """)
 CONFIG_VALUES = {"gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
 CONFIG_VALUES |= {"token": "cls", "avg": "mean", "map": "attention", "": "none"}
-TIMM_TANH = r"vit_(giantopt|base_patch32|so400m_patch16)\w*siglip|vit_large_patch16_siglip\w*_512"
+TIMM_TANH = r"vit_(giantopt|base_patch32|so400m_patch16)\w*siglip"
+TIMM_TANH += r"|vit_large_patch16_siglip(_gap)?_512"
 
 
 def stated_fields(config: dict) -> dict:
@@ -247,24 +303,13 @@ def read_config(folder: Path, tensors: Tensors) -> dict:
             if (folder / name).exists():
                 config |= json.loads((folder / name).read_text())
         return stated_fields(config)
-    # Whatever a damaged JSON leads to.
-    except (ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
         raise ValueError(f"the config beside it cannot be used: {error}") from None
 
 
-def find_family(tensors: Tensors) -> tuple[str, dict]:
-    """A family's name and its conventions."""
-    bare = {WRAPPER.sub("", name, count=1) for name in tensors}
-    for family, signature, conventions in FAMILIES:
-        if bare.issuperset(signature.split()):
-            return family, conventions
-    raise ValueError(f"no layout that is known here: {', '.join(sorted(tensors)[:6])}")
-
-
 def last_axes(named: Tensors, name: str, ndim: int) -> torch.Size:
-    """The last `ndim` sizes of a tensor."""
     if name not in named or named[name].ndim < ndim:
-        raise ValueError(f"{name}, of {ndim} dimensions, is missing or has fewer")
+        raise ValueError(f"{name} is missing, or has fewer than {ndim} dimensions")
     return named[name].shape[-ndim:]
 
 
@@ -273,40 +318,39 @@ def shown_config(tensors: Tensors, named: Tensors, family: str) -> ViTConfig:
     width, _, _, patch_size = last_axes(named, "patch_embed.weight", 4)
     fc1_width, _ = last_axes(named, "blocks.0.mlp.fc1.weight", 2)
     _, mlp_width = last_axes(named, "blocks.0.mlp.fc2.weight", 2)
-    blocks = {name.split(".")[1] for name in named if name.startswith("blocks.")}
+    depth = len({name.split(".")[1] for name in named if name.startswith("blocks.")})
     # Class token and registers are too few for the count of positions to reach the next square.
     grid = math.isqrt(last_axes(named, "positions", 2)[0])
-    pool_of_patches = "none" if family.startswith("SigLIP") else "mean"
-    pool = "cls" if "cls_token" in named else pool_of_patches
-    out_width = 0
+    heads = HEADS.get(width, 0 if width % 64 else width // 64)
+    cfg = ViTConfig(family, grid * patch_size, patch_size, width, depth, heads, mlp_width)
+    cfg.cls_token = "cls_token" in named
+    cfg.qkv_bias = "blocks.0.attn.q.bias" in named or "blocks.0.attn.qkv.bias" in named
+    cfg.norm_pre = "norm_pre.weight" in named
+    cfg.fc_norm = "fc_norm.weight" in named
+    if fc1_width == 2 * mlp_width:
+        cfg.act = "swiglu"
+    if "registers" in named:
+        cfg.registers = last_axes(named, "registers", 2)[0]
+    if "pool.probe" in named:
+        cfg.pool = "attention"
+    elif not cfg.cls_token:
+        cfg.pool = "none" if family.startswith("SigLIP") else "mean"
     if "proj.weight" in named:
-        out_width, _ = last_axes(named, "proj.weight", 2)
+        cfg.out_width = last_axes(named, "proj.weight", 2)[0]
     elif "proj.transposed" in named:
-        _, out_width = last_axes(named, "proj.transposed", 2)
+        cfg.out_width = last_axes(named, "proj.transposed", 2)[1]
     elif "logit_scale" in tensors and family.startswith("CLIP"):
         raise ValueError("its projection, visual_projection.weight or visual.proj, is missing")
-    return ViTConfig(
-        family=family,
-        image_size=grid * patch_size,
-        patch_size=patch_size,
-        width=width,
-        depth=len(blocks),
-        heads=HEADS.get(width, 0 if width % 64 else width // 64),
-        mlp_width=mlp_width,
-        out_width=out_width,
-        act="swiglu" if fc1_width == 2 * mlp_width else "gelu",
-        cls_token="cls_token" in named,
-        registers=last_axes(named, "registers", 2)[0] if "registers" in named else 0,
-        qkv_bias="blocks.0.attn.q.bias" in named or "blocks.0.attn.qkv.bias" in named,
-        norm_pre="norm_pre.weight" in named,
-        fc_norm="fc_norm.weight" in named,
-        pool="attention" if "pool.probe" in named else pool,
-    )
+    return cfg
 
 
 def infer_config(tensors: Tensors, named: Tensors, stated: dict) -> ViTConfig:
     """The architecture that the tensors show; `stated` fills the rest and has to agree."""
-    family, conventions = find_family(tensors)
+    bare = {PREFIX.sub("", name, count=1) for name in tensors}
+    known = [row for row in FAMILIES if bare.issuperset(row[1].split())]
+    if not known:
+        raise ValueError(f"no layout that is known here: {', '.join(sorted(tensors)[:6])}")
+    family, _, conventions = known[0]
     shown = shown_config(tensors, named, family)
     for field in ("width", "depth", "patch_size", "mlp_width", "registers"):
         size = getattr(shown, field)
@@ -315,9 +359,6 @@ def infer_config(tensors: Tensors, named: Tensors, stated: dict) -> ViTConfig:
     cfg = replace(shown, **conventions | stated)
     if shown.act == "swiglu":
         cfg.act = "swiglu"
-    # The code of DINOv2, of transformers and of timm all resize so where there are registers.
-    if cfg.registers:
-        cfg.pos_resize = "antialias"
     # The native size need not be a multiple of the patch, but the grid has to agree.
     grid = shown.image_size // shown.patch_size
     if cfg.image_size // cfg.patch_size != grid:
@@ -329,17 +370,13 @@ def infer_config(tensors: Tensors, named: Tensors, stated: dict) -> ViTConfig:
 
 
 # ---- Filling the model
-
-
 def take(named: Tensors, name: str, *shape: int) -> Tensor:
     """Move a tensor of this shape out of `named`; leading axes of size 1 do not count."""
-    if name not in named:
-        raise ValueError(f"{name} is missing")
+    fits = last_axes(named, name, len(shape)) == shape and named[name].numel() == math.prod(shape)
     tensor = named.pop(name)
-    fits = tensor.shape[-len(shape) :] == shape and tensor.numel() == math.prod(shape)
     if not fits or not tensor.is_floating_point():
-        found = list(tensor.shape)
-        raise ValueError(f"{name} is {tensor.dtype} {found} instead of float {list(shape)}")
+        found = f"{tensor.dtype} {list(tensor.shape)}"
+        raise ValueError(f"{name} is {found} instead of float {list(shape)}")
     return tensor.view(shape)
 
 
@@ -359,52 +396,38 @@ def take_tokens(named: Tensors, cfg: ViTConfig, patches: int) -> Tensors:
     return {"pos_embed": positions[own:], "prefix_tokens": prefix}
 
 
-def take_qkv(named: Tensors, attention: str, width: int) -> Tensors:
-    """Queries, keys and values in one matrix, where the file has three."""
-    state = {}
-    for leaf, *shape in (("weight", width, width), ("bias", width)):
-        if f"{attention}.q.{leaf}" in named:
-            parts = [take(named, f"{attention}.{part}.{leaf}", *shape) for part in "qkv"]
-            state[f"{attention}.qkv.{leaf}"] = torch.cat(parts)
-    return state
-
-
-def take_scaled(named: Tensors, linear: str, width: int, inner: int) -> Tensors:
-    """A linear layer (inner -> width) with the LayerScale behind it folded into it."""
-    scale = take(named, f"{linear}.scale", width).float()
-    weight = take(named, f"{linear}.weight", width, inner)
-    bias = take(named, f"{linear}.bias", width)
-    return {f"{linear}.weight": scale[:, None] * weight, f"{linear}.bias": scale * bias}
-
-
 def load_into(model: ViT, named: Tensors, dtype: torch.dtype) -> None:
-    """Fill the model in place, from `named`, which ends empty.
-
-    A ValueError names a tensor that is missing, that has a wrong shape, or that has no place.
-    """
+    """Fill the model in place from `named`; ValueError for what is missing, misshapen or left."""
     cfg = model.cfg
     D = cfg.width
-    # What the model keeps in another form than the file, ...
+    # First what the model keeps in another form than the file.
     state = take_tokens(named, cfg, len(model.pos_embed))
     state["mean"] = torch.tensor(cfg.mean).view(3, 1, 1)
     state["std"] = torch.tensor(cfg.std).view(3, 1, 1)
     patches = take(named, "patch_embed.weight", D, 3, cfg.patch_size, cfg.patch_size)
     state["patch_embed.weight"] = patches.flatten(1)
-    has_layer_scale = any(name.endswith(".scale") for name in named)
-    for i in range(cfg.depth):
-        state |= take_qkv(named, f"blocks.{i}.attn", D)
-        if has_layer_scale:
-            state |= take_scaled(named, f"blocks.{i}.attn.proj", D, D)
-            state |= take_scaled(named, f"blocks.{i}.mlp.fc2", D, cfg.mlp_width)
+    if "proj.transposed" in named:
+        state["proj.weight"] = take(named, "proj.transposed", D, cfg.out_width).T
     if "pool.qkv.weight" in named:
         for leaf, *shape in (("weight", 3 * D, D), ("bias", 3 * D)):
             qkv = take(named, f"pool.qkv.{leaf}", *shape)
             state[f"pool.q.{leaf}"], state[f"pool.kv.{leaf}"] = qkv.split((D, 2 * D))
-    if "proj.transposed" in named:
-        state["proj.weight"] = take(named, "proj.transposed", D, cfg.out_width).T
-    # ... and what it keeps as it is.
+    # DINOv2's LayerScale is folded into the layer before it: s (W x + b) = (s W) x + s b.
+    if any(name.endswith(".scale") for name in named):
+        for name, layer in model.named_modules():
+            if name.startswith("blocks.") and name.endswith(("attn.proj", "mlp.fc2")):
+                scale = take(named, f"{name}.scale", D).float()
+                weight = take(named, f"{name}.weight", *layer.weight.shape)
+                state[f"{name}.weight"] = scale[:, None] * weight
+                state[f"{name}.bias"] = scale * take(named, f"{name}.bias", D)
     for name, parameter in model.named_parameters():
-        tensor = state[name] if name in state else take(named, name, *parameter.shape)
+        if name in state:
+            tensor = state[name]
+        elif ".qkv." in name and name.replace("qkv", "q") in named:
+            shape = (D, *parameter.shape[1:])
+            tensor = torch.cat([take(named, name.replace("qkv", part), *shape) for part in "qkv"])
+        else:
+            tensor = take(named, name, *parameter.shape)
         state[name] = tensor.to(dtype, copy=True, memory_format=torch.contiguous_format)
     if named:
         raise ValueError(f"no place for {len(named)} tensors: {', '.join(sorted(named)[:6])}")
@@ -415,8 +438,8 @@ def load_into(model: ViT, named: Tensors, dtype: torch.dtype) -> None:
 def load_encoder(name_or_path: str | Path, dtype: torch.dtype = torch.float32) -> ViT:
     """A public encoder, frozen and in eval mode: generation is aligned with it, so it has to stay.
 
-    name_or_path: a preset of HUB, a folder as the hub has it, or a file of weights (.safetensors,
-    .bin, .pth, .pt). Raises ValueError for an unknown name, a damaged file, and no encoder.
+    name_or_path: a preset of HUB, a folder as on the hub, a file (.safetensors, .bin, .pth, .pt).
+    Raises ValueError for an unknown name, a damaged file, and no encoder.
     """
     file = find_weights(str(name_or_path))
     try:
@@ -433,19 +456,14 @@ def load_encoder(name_or_path: str | Path, dtype: torch.dtype = torch.float32) -
 
 
 # ---- What the encoder sees
-
-
 def load_image(path: str, cfg: ViTConfig, max_aspect: int = 8) -> Tensor:
-    """(1, 3, H, W) in [0, 1]: the whole picture, both sides a multiple of the patch.
-
-    The shorter side is about cfg.image_size, but the longer at most max_aspect times that.
-    """
+    """The whole picture, (1, 3, H, W) in [0, 1], the shorter side about cfg.image_size."""
     try:
         image = open_rgb(path)
     except Exception as error:  # Pillow raises nearly anything for a damaged file
         raise ValueError(f"{path} is no image that can be read ({error})") from None
-    side = max(min(image.size), max(image.size) / max_aspect)
-    scale = cfg.image_size / side / cfg.patch_size
+    shorter = max(min(image.size), max(image.size) / max_aspect)
+    scale = cfg.image_size / shorter / cfg.patch_size  # patches a pixel
     size = [max(1, round(side * scale)) * cfg.patch_size for side in image.size]
     return to_tensor([image.resize(size, Image.Resampling.BICUBIC)])
 
@@ -455,14 +473,13 @@ def pca_colors(tokens: Tensor) -> Tensor:
     tokens = tokens - tokens.mean(dim=0)
     axes = torch.linalg.svd(tokens, full_matrices=False).Vh[:3]  # (3, D)
     # A component's sign is arbitrary: make its largest entry positive.
-    largest = axes.abs().argmax(dim=1, keepdim=True)
-    axes = axes * axes.gather(1, largest).sign()
+    axes = axes * axes.gather(1, axes.abs().argmax(dim=1, keepdim=True)).sign()
     colors = tokens @ axes.T  # (N, 3)
     colors = colors - colors.amin(dim=0)
     return colors / colors.amax(dim=0).clamp_min(1e-12)
 
 
-def draw_pca(encoder: ViT, path: str) -> Path:
+def draw_pca(encoder: ViT, path: str) -> None:
     """Write the picture beside the colors of its patch tokens, as PATH_pca.png."""
     p = encoder.cfg.patch_size
     image = load_image(path, encoder.cfg)  # (1, 3, H, W)
@@ -472,7 +489,16 @@ def draw_pca(encoder: ViT, path: str) -> Path:
     both = torch.cat([rearrange(image[0], "c h w -> h w c"), drawn], dim=1)  # (H, 2 W, 3)
     out = Path(path).with_name(f"{Path(path).stem}_pca.png")
     Image.fromarray((both * 255).byte().numpy()).save(out)
-    return out
+    print(f"{out}: the image, and its patch tokens' first three principal components")
+
+
+def encoder_hash(encoder: ViT) -> str:
+    """SHA-256 of an encoder's configuration and of the names, shapes and bytes of its tensors."""
+    sha = hashlib.sha256(repr(encoder.cfg).encode())
+    for name, tensor in encoder.state_dict().items():
+        sha.update(repr((name, tuple(tensor.shape))).encode())
+        sha.update(tensor.cpu().reshape(-1).view(torch.uint8).numpy())
+    return sha.hexdigest()
 
 
 def main() -> None:
@@ -487,8 +513,7 @@ def main() -> None:
     size = sum(parameter.numel() for parameter in encoder.parameters())
     print(" | ".join([*facts, f"{size / 1e6:.1f} M parameters"]))
     for path in args.images:
-        out = draw_pca(encoder, path)
-        print(f"{out}: the image, and its patch tokens' first three principal components")
+        draw_pca(encoder, path)
 
 
 if __name__ == "__main__":

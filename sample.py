@@ -14,7 +14,7 @@ import argparse
 import os
 import sys
 from dataclasses import fields, replace
-from types import SimpleNamespace
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -23,8 +23,8 @@ from encoder import ViT, ViTConfig
 from figures import image_grid
 from images import read_images
 from model import ModelConfig, UnifiedModel
-from paradigms import Sampling
-from pretrained import load_encoder
+from paradigms import ImageNoise, Sampling
+from pretrained import encoder_hash, load_encoder
 from words import BOS, EOS, PAD, Vocabulary
 
 FORMAT = 2  # of a checkpoint; raised whenever names of tensors or configuration change
@@ -35,11 +35,11 @@ MAX_BATCH = 128  # images sampled at a time
 
 
 @torch.no_grad()
-def sample_image(model, prefix, generator=None, **options):
+def sample_image(model, prefix, seeds=None, **options):
     """Prefixes (B, T, D) -> images (B, 3, H, W) in [0, 1], at most MAX_BATCH at a time.
 
-    options: fields of Sampling, None for the paradigm's default. Raises ValueError for a value that
-    is out of range.
+    seeds: of the noise of each image, by default 0 to B - 1. options: fields of Sampling, None for
+    the paradigm's default. Raises ValueError for a value that is out of range.
     """
     sampling = model.paradigm.default_sampling
     sampling = replace(sampling, eta=min(sampling.eta, model.cfg.eta))
@@ -47,12 +47,14 @@ def sample_image(model, prefix, generator=None, **options):
     sampling = replace(sampling, **given)
     in_range = sampling.steps >= 1 and 0 <= sampling.eta <= 1
     if not in_range or sampling.cfg_scale < 0 or sampling.temperature < 0:
-        raise ValueError(
-            f"{sampling}: steps must be at least 1, eta in [0, 1], "
-            f"cfg_scale and temperature at least 0"
-        )
-    chunks = prefix.split(MAX_BATCH)
-    return torch.cat([model.paradigm.sample(model, c, sampling, generator) for c in chunks])
+        rule = "steps at least 1, eta in [0, 1], cfg_scale and temperature at least 0"
+        raise ValueError(f"{sampling} is out of range: {rule}")
+    seeds = range(len(prefix)) if seeds is None else seeds
+    images = []
+    for i in range(0, len(prefix), MAX_BATCH):
+        noise = ImageNoise(seeds[i : i + MAX_BATCH], model.device)
+        images.append(model.paradigm.sample(model, prefix[i : i + MAX_BATCH], sampling, noise))
+    return torch.cat(images)
 
 
 @torch.no_grad()
@@ -169,54 +171,59 @@ def read_checkpoint(path) -> dict:
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file raises nearly anything
-        reason = (str(error).splitlines() or ["empty"])[0][:90]
+        reason = (str(error).splitlines() or ["empty"])[0][:60]
         raise ValueError(
-            f"the checkpoint {path} is damaged or not one of train.py's ({reason})"
+            f"the checkpoint {path} is damaged or not of train.py ({reason})"
         ) from None
     found = saved.get("format") if isinstance(saved, dict) else None
     if found != FORMAT:
-        raise ValueError(
-            f"the checkpoint {path} has format {found}, this code reads format {FORMAT}: "
-            f"train it again"
-        )
+        formats = f"has format {found}, this code reads format {FORMAT}"
+        raise ValueError(f"the checkpoint {path} {formats}: train it again")
     return saved
 
 
-def load_checkpoint(path, device="cpu", model_class=UnifiedModel):
-    """What a checkpoint holds: model, encoder, vocabulary, config, stage, step.
+class Checkpoint:
+    """A trained model, frozen and in eval mode: with averaged weights where the file has them.
 
-    Both modules are frozen and in eval mode; the averaged weights are taken where the file has
-    them. model_class: that of the run; experiments.py trains subclasses. Raises ValueError.
+    Its understanding encoder is loaded when an image has to be seen first. Raises ValueError.
     """
-    saved = read_checkpoint(path)
-    try:
-        if saved["model_class"] != model_class.__name__:
-            raise ValueError(
-                f"the checkpoint {path} is a {saved['model_class']}, not a {model_class.__name__}: "
-                f"a variant that experiments.py trained, which scores it too"
-            )
-        model = model_class(ModelConfig(**saved["model_config"]))
-        model.load_state_dict(saved["model"] if saved["ema"] is None else saved["ema"])
-        encoder = restore_encoder(saved["encoder"])
-        loaded = {name: saved[name] for name in ("config", "stage", "step")}
-        vocabulary = Vocabulary(saved["vocabulary"])
-    except (KeyError, TypeError, AssertionError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:120]
-        raise ValueError(
-            f"the checkpoint {path} does not fit this code ({reason}): train it again"
-        ) from None
-    for module in (model, encoder):
-        module.to(device).eval().requires_grad_(False)
-    return SimpleNamespace(model=model, encoder=encoder, vocabulary=vocabulary, **loaded)
+
+    def __init__(self, path, device="cpu", model_class=UnifiedModel, encoder: str = ""):
+        saved = read_checkpoint(path)
+        self.path = path
+        self.device = device
+        try:
+            if saved["model_class"] != model_class.__name__:
+                classes = f"{saved['model_class']}, not a {model_class.__name__}"
+                raise ValueError(f"{path} is a {classes}: experiments.py scores what it trained")
+            self.model = model_class(ModelConfig(**saved["model_config"]))
+            self.model.load_state_dict(saved["model"] if saved["ema"] is None else saved["ema"])
+            self.vocabulary = Vocabulary(saved["vocabulary"])
+            self.config, self.stage, self.step = (saved[k] for k in ("config", "stage", "step"))
+            self.saved_encoder = saved["encoder"] | ({"name": encoder} if encoder else {})
+        except (KeyError, TypeError, AssertionError, RuntimeError) as error:
+            reason = " ".join(str(error).split())[:120]
+            raise ValueError(f"{path} does not fit this code ({reason}): train it again") from None
+        self.model.to(device).eval().requires_grad_(False)
+
+    @cached_property
+    def encoder(self) -> ViT:
+        """Its own weights if it was trained with the model, else the public ones, by their hash."""
+        saved = self.saved_encoder
+        if saved["state"] is None:
+            encoder = load_encoder(saved["name"])
+            check_encoder_hash(encoder, saved, self.path)
+        else:
+            encoder = ViT(ViTConfig(**saved["config"]))
+            encoder.load_state_dict(saved["state"])
+        return encoder.to(self.device).eval().requires_grad_(False)
 
 
-def restore_encoder(saved: dict) -> ViT:
-    """The encoder of a checkpoint: its own weights if it was trained, else the public ones."""
-    if saved["config"] is None:
-        return load_encoder(saved["name"])
-    encoder = ViT(ViTConfig(**saved["config"]))
-    encoder.load_state_dict(saved["state"])
-    return encoder
+def check_encoder_hash(encoder, saved: dict, path) -> None:
+    """Raises ValueError unless these are the weights that a checkpoint was trained with."""
+    if encoder_hash(encoder) != saved["hash"]:
+        told = "its weights differ; give the right one with --encoder NAME_OR_PATH"
+        raise ValueError(f"{saved['name']} is not the encoder that {path} was trained with: {told}")
 
 
 # ---------------------------------------------------------------- the command line
@@ -242,62 +249,61 @@ def parse_args(argv):
     for field in fields(Sampling):
         add(f"--{field.name}", type=field.type, help="see class Sampling (the paradigm's default)")
     add("--out", default="grid.png", help="where the picture goes (grid.png)")
-    add("--seed", type=int, default=0, help="of the noise (0)")
+    add("--seed", type=int, default=0, help="of the first image's noise, the next has seed + 1 (0)")
+    add(
+        "--encoder", default="", help="the understanding encoder, if no longer where it was trained"
+    )
     add("--device", choices=devices, default=devices[0], help=f"({devices[0]})")
     args = parser.parse_args(argv)
 
     modes = [args.reconstruct, args.caption, args.prompt]
     if sum(map(bool, modes)) != 1 or (args.edit and not args.prompt):
-        parser.error(
-            "give one of --prompt TEXT, --reconstruct IMG, --caption IMG, "
-            "or --edit IMG with --prompt TEXT"
-        )
+        modes = "--prompt TEXT, --reconstruct IMG, --caption IMG, or --edit IMG with --prompt TEXT"
+        parser.error(f"give one of {modes}")
     if args.n < 1:
         parser.error(f"--n is {args.n}, it must be at least 1")
     is_picture = args.out.lower().endswith((".png", ".jpg", ".webp"))
     if not is_picture or not os.access(os.path.dirname(args.out) or ".", os.W_OK):
-        parser.error(
-            f"--out {args.out} cannot be written: it must be a .png, .jpg or .webp "
-            f"in a folder that exists and is yours"
-        )
+        rule = "it must be a .png, .jpg or .webp in a folder that exists and is yours"
+        parser.error(f"--out {args.out} cannot be written: {rule}")
     return args
 
 
 def run(args):
     """What the command line asks for: prints captions, or samples and saves a grid."""
-    loaded = load_checkpoint(args.ckpt, args.device)
-    model, encoder, vocabulary = loaded.model, loaded.encoder, loaded.vocabulary
+    loaded = Checkpoint(args.ckpt, args.device, encoder=args.encoder)
+    model, vocabulary = loaded.model, loaded.vocabulary
     options = {field.name: getattr(args, field.name) for field in fields(Sampling)}
-    options["generator"] = torch.Generator().manual_seed(args.seed)
+    seeds = list(range(args.seed, args.seed + args.n))
     paths = args.reconstruct or args.caption or args.edit
-    if not paths:
-        sampled = text_to_image(model, vocabulary, [args.prompt] * args.n, **options)
-        save_grid(sampled.split(8), [args.prompt], [], len(sampled), args.out)
-        return
+    if paths:
+        images = read_images(paths, model.cfg.image_size)
+        visual_words = encode_in_chunks(model, loaded.encoder, images)
+        lines = [format_visual_words(words, vocabulary) for words in visual_words]
+        repeated = images.repeat_interleave(args.n, 0)
+        options["seeds"] = seeds * len(paths)
 
-    images = read_images(paths, model.cfg.image_size)
-    visual_words = encode_in_chunks(model, encoder, images)
-    lines = [format_visual_words(words, vocabulary) for words in visual_words]
     if args.caption:
-        sentences = caption_images(model, encoder, vocabulary, images)
+        sentences = caption_images(model, loaded.encoder, vocabulary, images)
         for path, line, sentence in zip(paths, lines, sentences, strict=True):
             print(f"{path}: {sentence}\n    visual words: {line}")
         return
-
-    repeated = images.repeat_interleave(args.n, 0)
-    if args.edit:
-        instructions = [args.prompt] * len(repeated)
-        sampled = edit(model, encoder, vocabulary, repeated, instructions, **options)
+    if not paths:
+        prompts = [args.prompt] * args.n
+        sampled = text_to_image(model, vocabulary, prompts, seeds=seeds, **options)
+        image_grid(sampled.split(8), [args.prompt]).save(args.out)
     else:
-        sampled = reconstruct(model, encoder, repeated, **options)
-    rows = [[image[None], row] for image, row in zip(images, sampled.split(args.n), strict=True)]
-    columns = ["image", args.prompt or "from its visual words"]
-    save_grid(rows, lines, columns, len(sampled), args.out)
-
-
-def save_grid(rows, row_captions, column_captions, count: int, path: str):
-    image_grid(rows, row_captions, column_captions).save(path)
-    print(f"{count} images in {path}")
+        if args.edit:
+            instructions = [args.prompt] * len(repeated)
+            sampled = edit(model, loaded.encoder, vocabulary, repeated, instructions, **options)
+        else:
+            sampled = reconstruct(model, loaded.encoder, repeated, **options)
+        rows = [
+            [image[None], row] for image, row in zip(images, sampled.split(args.n), strict=True)
+        ]
+        image_grid(rows, lines, ["image", args.prompt or "from its visual words"]).save(args.out)
+    print(f"{len(sampled)} images in {args.out}: seeds {seeds[0]} to {seeds[-1]} in reading order")
+    print("one of them alone: --n 1 --seed ITS_SEED")
 
 
 def main(argv=None):

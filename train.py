@@ -5,7 +5,7 @@
     python train.py --dataset imagenet --data_dir DIR --encoder clip-b16
     python train.py --stage reca --init_from out/pretrain.pt --reca_steps 200 --out_dir out_short
     python train.py --resume                     # go on where the run in out/ stopped, bit-exact
-    torchrun --nproc_per_node 4 train.py ...     # the batch over four processes; --shard: FSDP2
+    torchrun --nproc_per_node 4 train.py ...     # the batch over four processes (DDP)
     python train.py --bench                      # how fast is the RecA step here?
 
 Stages, in the order of `--stage all`; each is the same loop with other losses (recon_loss.py):
@@ -17,15 +17,17 @@ Stages, in the order of `--stage all`; each is the same loop with other losses (
     reca      the same images without captions: their visual words instead
 
 `sft` and `reca` both start from the aligned base; the report scores all three on the same prompts
-and noise. Options are in config.py; devices, processes and files in engine.py.
+and noise. Options are in config.py; devices, processes and files in engine.py. For a model larger
+than one GPU, wrap LossModule in torch's `fully_shard` (its tutorial of FSDP2) in place of DDP.
 """
 
 import json
 import signal
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
-from itertools import chain
+from itertools import chain, product, repeat
 from pathlib import Path
 
 import torch
@@ -39,13 +41,16 @@ import evaluate
 import figures
 from config import RANK, WORLD_SIZE, exit_with_error, print0
 from data import batches
-from engine import TrainState
+from encoder import ViT, ViTConfig
+from engine import DeviceConfig, TrainState
 from model import UnifiedModel
 from paradigms import PARADIGMS
 from recon_loss import total_loss
-from sample import load_checkpoint
+from sample import Checkpoint
+from words import SPECIALS, Vocabulary
 
 GRAD_CLIP = 1.0  # largest norm of the gradient
+BENCH_STEPS = 20  # that --bench measures, after as many to warm up
 DECAY_FRACTION = 0.3  # share of a stage in which the learning rate falls linearly to zero
 CURVES = ["t2i", "recon", "replay", "i2t", "t2t", "words", "caption", "tokenizer"]  # a color each
 
@@ -110,19 +115,16 @@ STAGES["reca"] = replace(STAGES["sft"], name="reca", losses={"recon": 1.0, **LAN
 
 def resolve(stage: Stage, cfg) -> Stage:
     """A row of the table for this run: weights as numbers, without parts that it does not have."""
-    losses = {}
-    for term, weight in stage.losses.items():
-        losses[term] = getattr(cfg, weight) if isinstance(weight, str) else weight
     trains = stage.trains
+    losses = {t: getattr(cfg, w) if isinstance(w, str) else w for t, w in stage.losses.items()}
     if not PARADIGMS[cfg.paradigm].uses_tokenizer:
         losses.pop("tokenizer", None)
     if "encoder" in trains and cfg.encoder != "scratch":
         # an encoder with public weights stays as it is, and so does a random one
         trains = ("tokenizer", "transformer")
         losses = {term: losses[term] for term in losses if term in ("t2t", "tokenizer")}
-    losses = {term: weight for term, weight in losses.items() if weight > 0}
     names = {"options": stage.options or stage.name, "file": stage.file or stage.name}
-    return replace(stage, trains=trains, losses=losses, **names)
+    return replace(stage, trains=trains, losses={t: w for t, w in losses.items() if w > 0}, **names)
 
 
 def freeze_except(parts: nn.ModuleDict, stage: Stage) -> None:
@@ -136,8 +138,7 @@ def freeze_except(parts: nn.ModuleDict, stage: Stage) -> None:
 
 def choose_stages(cfg, stages: dict[str, Stage]) -> list[Stage]:
     """The stages that --stage asks for; ends with a sentence where they cannot be trained."""
-    names = list(stages) if cfg.stage == "all" else [cfg.stage]
-    chosen = [resolve(stages[name], cfg) for name in names]
+    chosen = [resolve(stage, cfg) for stage in stages.values() if cfg.stage in ("all", stage.name)]
     needs = chosen[0].starts_from
     if needs == "encoder" and not PARADIGMS[cfg.paradigm].uses_tokenizer:
         needs = ""  # pretrain then reads nothing that the encoder stage trains
@@ -154,7 +155,7 @@ def choose_stages(cfg, stages: dict[str, Stage]) -> list[Stage]:
 
 # ---------------------------------------------------------------- the loop
 class LossModule(nn.Module):
-    """From a batch to its loss and {term: value}: what torch.compile, DDP and FSDP2 wrap."""
+    """From a batch to its loss and {term: value}: what torch.compile and DDP wrap."""
 
     def __init__(self, parts: nn.ModuleDict, stage: Stage):
         super().__init__()
@@ -163,8 +164,7 @@ class LossModule(nn.Module):
 
     def forward(self, batch: dict):
         model, encoder = self.parts["model"], self.parts["encoder"]
-        text_decoder = self.parts["text_decoder"]
-        return total_loss(model, encoder, batch, self.stage.losses, text_decoder)
+        return total_loss(model, encoder, batch, self.stage.losses, self.parts["text_decoder"])
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: int) -> float:
@@ -181,20 +181,17 @@ def make_loader(state: TrainState, stage: Stage, seed: int, start: int) -> Itera
     for i, (role, (split, share)) in enumerate(stage.batches.items()):
         dataset = state.dataset(split, cached=cfg.cache_features and role in stage.cached)
         options = (start, state.workers, str(state.out / "bad_images.txt"), RANK, WORLD_SIZE)
-        max_images = stage.max_images if role == "main" else 0
-        size = int(share * cfg.batch_size)
-        streams[role] = batches(dataset, size, seed + i, *options, max_images)
-    device = state.device_config.device
+        options = (*options, stage.max_images if role == "main" else 0)
+        streams[role] = batches(dataset, int(share * cfg.batch_size), seed + i, *options)
     while True:
         batch = {role: next(stream) for role, stream in streams.items()}
-        yield tree_map(lambda x: x.to(device, non_blocking=True), batch)
+        yield tree_map(state.device_config.move, batch)
 
 
-def train_stage(state: TrainState, stage: Stage, loss_class, interrupt, saved=None) -> None:
+def train_stage(state, stage: Stage, loss_class, interrupt, saved=None, loader=None) -> None:
     """Trains a stage and saves its checkpoint. `saved`: a state of this stage to go on from."""
-    cfg = state.cfg
-    device_config = state.device_config
-    steps = getattr(cfg, f"{stage.options}_steps")
+    cfg, device_config = state.cfg, state.device_config
+    steps, n = getattr(cfg, f"{stage.options}_steps"), cfg.grad_accum_steps
     peak_lr = getattr(cfg, f"{stage.options}_lr")
     start = saved["step"] if saved else 0
     # the control has RecA's seed: the same images, the same noise
@@ -204,26 +201,26 @@ def train_stage(state: TrainState, stage: Stage, loss_class, interrupt, saved=No
     freeze_except(state.parts, stage)
     state.parts.train()
     loss_module = loss_class(state.parts, stage)
-    loader = make_loader(state, stage, seed, start)
+    loader = loader or make_loader(state, stage, seed, start)
     first = next(loader)
-    flops, tokens = engine.count_flops(loss_module, first, device_config, cfg.grad_accum_steps)
+    flops, tokens = engine.count_flops(loss_module, first, device_config)
     loader = chain([first], loader)
-    loss_module = engine.wrap_model(loss_module, device_config, cfg.shard)
+    loss_module = engine.wrap_model(loss_module, cfg, device_config)
 
-    # optimizers and averages of the trained parameters, which --shard has just replaced
+    # optimizers, and averages of the trained parameters
     optimizers = engine.make_optimizers(state.parts.named_parameters())
-    averaged = {n: p for n, p in state.model.named_parameters() if p.requires_grad and cfg.ema}
+    averaged = {k: p for k, p in state.model.named_parameters() if p.requires_grad and cfg.ema}
     state.average = {name: p.detach().clone() for name, p in averaged.items()}
     scaler = device_config.scaler()
 
     # the same weights in all processes, but each draws its own noise
     torch.manual_seed(seed + RANK)
     history = state.restore(saved, optimizers, scaler) if saved else []
+    # after `restore`, which makes new groups
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     parameters = [p for group in groups for p in group["params"]]
-    began = time.time() - state.seconds.get(stage.name, 0)
-    logged_step = start
-    logged_time = time.time()
+    logged_step, logged_time = start, time.time()
+    began = logged_time - state.seconds.get(stage.name, 0)
 
     interrupt.training = True
     bar = {"desc": stage.name, "initial": start, "total": steps, "disable": RANK > 0 or None}
@@ -238,22 +235,24 @@ def train_stage(state: TrainState, stage: Stage, loss_class, interrupt, saved=No
 
         # forward under autocast, then backward; the gradients of micro-batches add up
         values = 0
-        for i in range(cfg.grad_accum_steps):
-            micro_batch = engine.micro_batch(batch, i, cfg.grad_accum_steps)
+        for i in range(n):
+            # DDP averages over the processes after the last one
+            loss_module.require_backward_grad_sync = i == n - 1
             with device_config.autocast():
-                loss, terms = loss_module(micro_batch)
-            scaler.scale(loss / cfg.grad_accum_steps).backward()
-            detached = torch.stack([term.detach().float() for term in terms.values()])
-            values = values + detached / cfg.grad_accum_steps
+                loss, terms = loss_module(engine.micro_batch(batch, i, n))
+            scaler.scale(loss / n).backward()
+            values = values + torch.stack([term.detach().float() for term in terms.values()]) / n
 
         # clip the gradient
         for optimizer in optimizers:
             scaler.unscale_(optimizer)
         grad_norm = nn.utils.clip_grad_norm_(parameters, GRAD_CLIP)
 
-        # take the step
+        # take the step; one that overflows in float16 is skipped, by all optimizers
+        is_finite = not scaler.is_enabled() or grad_norm.isfinite()
         for optimizer in optimizers:
-            scaler.step(optimizer)
+            if is_finite:
+                scaler.step(optimizer)
             optimizer.zero_grad()
         scaler.update()
 
@@ -264,8 +263,8 @@ def train_stage(state: TrainState, stage: Stage, loss_class, interrupt, saved=No
 
         # log; a non-finite loss ends the run before it is saved
         done = step + 1
-        history.append(torch.cat([values, engine.gather_full(grad_norm)[None]]))
-        stop = interrupt.agreed()
+        history.append(torch.cat([values, grad_norm[None]]))
+        stop = interrupt.agreed(done)
         is_log_step = done % cfg.log_every == 0 or done == steps
         is_save_step = done % cfg.save_every == 0 or done == steps or stop
         if is_log_step or is_save_step:  # the only places that wait for the GPU
@@ -275,46 +274,73 @@ def train_stage(state: TrainState, stage: Stage, loss_class, interrupt, saved=No
             means = dict(zip(names, torch.stack(history).mean(0).tolist(), strict=True))
             rate = (done - logged_step) / (time.time() - logged_time)
             state.log(stage.name, done, steps, means, lr, rate, flops, tokens)
-            history = []
-            logged_step = done
-            logged_time = time.time()
+            history, logged_step, logged_time = [], done, time.time()
 
         # save a state to resume from
         if is_save_step:
             state.seconds[stage.name] = time.time() - began
             state.save_state(stage.name, done, optimizers, scaler, history)
         if stop:
-            text = f"stopped in {stage.name} after step {done}; go on with"
-            print0(f"{text}: --resume --out_dir {state.out}")
+            command = f"--resume --out_dir {state.out}"
+            print0(f"stopped in {stage.name} after step {done}; go on with: {command}")
             raise SystemExit(128 + stop)
     interrupt.training = False
 
     state.parts.eval()
-    engine.save(state.checkpoint(stage.name, steps), state.out / f"{stage.file}.pt")
+    state.save(state.checkpoint(stage.name, steps), f"{stage.file}.pt")
     # the next stage starts from the averaged weights, which also sample
     for name, p in averaged.items():
         p.data.copy_(state.average[name])
     state.average = {}
 
 
+def bench(cfg, model_class, loss_class, stages: dict[str, Stage]) -> None:
+    """Speed of RecA's loss, in each precision, eager and compiled, without data: OUT/bench.json."""
+    known = {}
+    if cfg.dataset != "shapes":  # needs no files: CLIP-B/16's sizes without its weights, any words
+        words = SPECIALS + [str(i) for i in range(2000)]
+        known = {"encoder": ViT(ViTConfig()), "vocabulary": Vocabulary(words)}
+    stage = replace(resolve(stages["reca"], cfg), losses={"recon": 1.0})
+    images = torch.rand(cfg.batch_size, 3, cfg.image_size, cfg.image_size)
+    out = Path(cfg.out_dir, "bench")
+    out.mkdir(exist_ok=True)
+    endless = {"reca_steps": 10**9, "save_every": 10**9, "log_every": BENCH_STEPS}
+    rows = []
+    for dtype, compile in product(["float32", "bfloat16"], ["off", "on"]):
+        way = {"dtype": dtype, "compile": compile}
+        device_config = DeviceConfig(replace(cfg, **way))
+        if compile == "on" and (cfg.compile == "off" or not device_config.compile):
+            continue
+        way_cfg = replace(cfg, out_dir=str(out), **way, **endless)
+        state = TrainState(way_cfg, device_config, model_class, **known)
+        # half of the steps warm up; the loop ends with its batches, and nothing is saved
+        loader = repeat({"main": {"image": device_config.move(images)}}, 2 * BENCH_STEPS)
+        with suppress(StopIteration):
+            train_stage(state, stage, loss_class, engine.Interrupt(), loader=loader)
+        rows.append(way | state.log_entry)
+    result = {"device": device_config.device_name, "torch": torch.__version__, "rows": rows}
+    result |= {"parameters": sum(p.numel() for p in state.model.parameters())}
+    if RANK == 0:
+        evaluate.write_json(Path(cfg.out_dir, "bench.json"), result | {"settings": asdict(cfg)})
+
+
 # ---------------------------------------------------------------- the command line
 def report(state: TrainState, names: list[str], model_class) -> None:
     """Scores checkpoints on the same prompts, images and noise: a table, results.json, pictures."""
-    cfg = state.cfg
-    out = state.out
-    checkpoints = []
-    results = {}
-    for name in names:
-        loaded = load_checkpoint(out / f"{name}.pt", state.device_config.device, model_class)
-        # the images may have moved since it was saved
-        loaded.config |= {"data_dir": cfg.data_dir, "cache_dir": cfg.cache_dir}
-        checkpoints.append(loaded)
-        results[name] = evaluate.evaluate(loaded, cfg.eval_n, cfg.seed)
-        results[name] |= {"steps": loaded.step, "seconds": state.seconds, "seed": cfg.seed}
-        results[name] |= {"device": state.device_config.device_name, "settings": asdict(cfg)}
-    (out / "results.json").write_text(json.dumps(results, indent=1))
+    cfg, out, device_config = state.cfg, state.out, state.device_config
+    checkpoints, results = [], {}
+    with device_config.autocast():
+        for name in names:
+            loaded = Checkpoint(out / f"{name}.pt", device_config.device, model_class)
+            # the images may have moved since it was saved
+            loaded.config |= {"data_dir": cfg.data_dir, "cache_dir": cfg.cache_dir}
+            checkpoints.append(loaded)
+            results[name] = evaluate.evaluate(loaded, cfg.eval_n, cfg.seed)
+            results[name] |= {"steps": loaded.step, "seconds": state.seconds, "seed": cfg.seed}
+            results[name] |= {"device": device_config.device_name, "settings": asdict(cfg)}
+        evaluate.compare(checkpoints, names, out / "compare.png", cfg.seed)
+    evaluate.write_json(out / "results.json", results)
     print(evaluate.table(results))
-    evaluate.compare(checkpoints, names, out / "compare.png", cfg.seed)
     figures.curves(read_curves(out, cfg.log_every), out / "curves.svg", "Losses", "step", "loss")
     print(f"results.json, compare.png, curves.svg and log.jsonl are in {out}")
     print(f"training took {sum(state.seconds.values()) / 60:.1f} minutes")
@@ -335,25 +361,24 @@ def train(cfg, given: dict, model_class, loss_class, stages: dict[str, Stage]) -
     interrupt = engine.Interrupt()
     signal.signal(signal.SIGINT, interrupt)
     signal.signal(signal.SIGTERM, interrupt)
-    out = Path(cfg.out_dir)
+    out, saved = Path(cfg.out_dir), None
     if cfg.resume and not (out / "run.json").exists():
         exit_with_error(f"--resume: there is no run in {out}; leave --resume out to start one")
     run_file, before = engine.lock_run_dir(out)
-    states = engine.find_states(out)
-    saved = None
     if cfg.resume:
         saved = engine.read_state(out)
         cfg = config.resume_config(cfg, given, saved or before)
         config.validate(cfg)
     chosen = choose_stages(cfg, stages)
     scored = dict.fromkeys(stage.file for stage in chosen if stage.name != "encoder")
+    states = engine.find_states(out)
     if states and not cfg.resume and not before.get("finished"):
         text = f"go on with it (--resume --out_dir {out}), or give another --out_dir"
         exit_with_error(f"{out} holds a run that has not ended ({states[0].name}): {text}")
     if not before:  # at once: --resume finds it, however soon this process is killed
         engine.write_run_json(run_file, cfg, finished=False)
 
-    device_config = engine.DeviceConfig(cfg)
+    device_config = DeviceConfig(cfg)
     state = TrainState(cfg, device_config, model_class)
     if saved:
         state.parts.load_state_dict(state.parts.state_dict() | saved["parts"])
@@ -372,11 +397,11 @@ def train(cfg, given: dict, model_class, loss_class, stages: dict[str, Stage]) -
     print0(f"{cfg.dataset}, {cfg.paradigm}: {size:.2f} M parameters, {cfg.encoder}, on {where}")
 
     for stage in chosen:
-        in_progress = saved if saved and saved["stage"] == stage.name else None
-        if stage.starts_from == "align" and cfg.stage == "all" and not in_progress:
-            # sft and reca both start from the aligned base
+        # sft and reca both start from the aligned base
+        if stage.starts_from == "align" and cfg.stage == "all" and not saved:
             state.load_checkpoint(out / "pretrain.pt", "align")
-        train_stage(state, stage, loss_class, interrupt, in_progress)
+        train_stage(state, stage, loss_class, interrupt, saved)
+        saved = None  # it was of the first stage
     if RANK == 0 and scored:
         report(state, list(scored), model_class)
     engine.write_run_json(run_file, cfg, finished=True)
@@ -387,17 +412,11 @@ def train(cfg, given: dict, model_class, loss_class, stages: dict[str, Stage]) -
 def main(argv=None, model_class=UnifiedModel, loss_class=LossModule, stages=STAGES) -> None:
     """The command line. experiments.py gives other classes, or another table of stages."""
     cfg, given = config.parse_config(argv, __doc__)
-
-    def make_recon_module(state: TrainState) -> nn.Module:
-        stage = replace(resolve(stages["reca"], cfg), losses={"recon": 1.0})
-        freeze_except(state.parts, stage)
-        return loss_class(state.parts, stage)
-
     try:
         if not cfg.resume:
             config.validate(cfg)
         if cfg.bench:
-            engine.bench(cfg, model_class, make_recon_module)
+            bench(cfg, model_class, loss_class, stages)
         else:
             train(cfg, given, model_class, loss_class, stages)
     except ValueError as error:

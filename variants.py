@@ -40,16 +40,12 @@ class SharpenedWords(UnifiedModel):
         return (self.connector(patch_tokens).float() * self.sharpness).softmax(-1)
 
 
-class ReversedWords(UnifiedModel):
-    """From the last visual word to the first: each is still a word, they are no sentence."""
-
+class ReversedWords(UnifiedModel):  # each is still a word, they are no sentence
     def visual_words(self, patch_tokens):
         return super().visual_words(patch_tokens).flip(1)
 
 
-class TrainedConnector(UnifiedModel):
-    """The recon loss has a gradient in the connector and in the word embeddings that it reads."""
-
+class TrainedConnector(UnifiedModel):  # RecA's gradient reaches it, and the word embeddings
     def recon_prefix(self, encoder, images, features=None):
         with torch.set_grad_enabled(self.training):
             return super().recon_prefix(encoder, images, features)
@@ -68,8 +64,7 @@ class PixelPrefix(UnifiedModel):
     def make_projection(self, cfg) -> nn.Module:
         return Linear(3 * cfg.patch_size**2, cfg.width)
 
-    def raw_tokens(self, encoder, images, features):
-        """What an image can be copied from: (B, n, P)."""
+    def raw_tokens(self, encoder, images, features):  # what an image can be copied from: (B, n, P)
         return patchify(images, self.cfg.patch_size)
 
     def recon_prefix(self, encoder, images, features=None):
@@ -91,8 +86,7 @@ class FeaturePrefix(PixelPrefix):
     """The same with the encoder's patch tokens, through an MLP."""
 
     def make_projection(self, cfg) -> nn.Module:
-        up = Linear(cfg.encoder_width, 4 * cfg.width)
-        down = Linear(4 * cfg.width, cfg.width)
+        up, down = Linear(cfg.encoder_width, 4 * cfg.width), Linear(4 * cfg.width, cfg.width)
         return nn.Sequential(LayerNorm(cfg.encoder_width), up, nn.GELU(), down)
 
     @torch.no_grad()
@@ -115,10 +109,10 @@ class DenseCaptions(LossModule):
         return main["full_caption"]
 
     def forward(self, batch):
+        main = batch["main"]
         if self.stage.name == "sft":
-            main = batch["main"]
-            batch = batch | {"main": main | {"caption": self.caption(main)}}
-        return super().forward(batch)
+            main = main | {"caption": self.caption(main)}
+        return super().forward(batch | {"main": main})
 
 
 class OwnCaptions(DenseCaptions):
@@ -133,7 +127,8 @@ class OwnCaptions(DenseCaptions):
 
 # ---------------------------------------------------------------- the table of runs, by folder
 class Run(NamedTuple):
-    options: dict = {}
+    options: str = ""  # of train.py; {encoder} and {data_dir} are those of experiments.py
+    stage: str = ""  # the only one
     parent: str = ""  # the run/checkpoint of the same seed that it starts from
     title: str = ""  # in tables
     model_class: type = UnifiedModel
@@ -145,55 +140,52 @@ class Run(NamedTuple):
         return self.model_class, self.loss_class, self.stages
 
 
-def reca_run(title, model_class=UnifiedModel, changes=(), base="main", **options) -> Run:
+def reca_run(title, model_class=UnifiedModel, options="", base="main", **changes) -> Run:
     """RecA from the base of another run. changes: of its row in the table of stages."""
-    stages = STAGES | {"reca": replace(STAGES["reca"], **dict(changes))}
-    return Run(RECA | options, f"{base}/pretrain", title, model_class, stages=stages)
+    stages = STAGES | {"reca": replace(STAGES["reca"], **changes)}
+    return Run(options, "reca", f"{base}/pretrain", title, model_class, stages=stages)
 
 
-SAME = "same"  # in place of a value: that of the option of experiments.py of the same name
-PHOTOS = dict(dataset="imagenet", data_dir=SAME, encoder=SAME, encoder_size=96, replay=0.5)
-PHOTOS |= dict(cache_features=True, width=192, depth=6, heads=6, batch_size=16)
-PHOTOS |= dict(encoder_steps=200, pretrain_steps=3000, align_steps=300, reca_steps=1000)
-PHOTOS |= dict(pretrain_lr=2e-3, reca_lr=1e-3)
-SFT = {"stage": "sft"}
-RECA = {"stage": "reca"}
-CONNECTOR_TOO = {"changes": {"trains": ("transformer", "connector")}, "base": "photographs"}
-CONNECTOR_TOO |= PHOTOS
-NO_T2T = {"losses": STAGES["reca"].losses | {"t2t": 0.0}}
+PHOTOS = (
+    "--dataset imagenet --data_dir {data_dir} --encoder {encoder} --encoder_size 96 "
+    "--cache_features --width 192 --depth 6 --heads 6 --batch_size 16 --replay 0.5 "
+    "--encoder_steps 200 --pretrain_steps 3000 --align_steps 300 --reca_steps 1000 "
+    "--pretrain_lr 2e-3 --reca_lr 1e-3"
+)
+TOO = {"base": "photographs", "trains": ("transformer", "connector")}
 
 # RecA with one thing changed
 ABLATIONS = {
-    "images_500": reca_run("500 images", changes={"max_images": 500}),
+    "images_500": reca_run("500 images", max_images=500),
     "no_drop": reca_run("no condition dropped", subclass(UnifiedModel, "cond_drop", 0.0)),
     "drop_30": reca_run("30% of conditions dropped", subclass(UnifiedModel, "cond_drop", 0.3)),
-    "slow": reca_run("a quarter of the learning rate", reca_lr=5e-4),
-    "fast": reca_run("twice the learning rate", reca_lr=4e-3),
-    "no_i2t": reca_run("no image to words (i2t 0)", i2t=0),
-    "no_t2t": reca_run("no words to words (t2t 0)", changes=NO_T2T),
-    "no_replay": reca_run("no replay", replay=0),
+    "slow": reca_run("a quarter of the learning rate", options="--reca_lr 5e-4"),
+    "fast": reca_run("twice the learning rate", options="--reca_lr 4e-3"),
+    "no_i2t": reca_run("no image to words (i2t 0)", options="--i2t 0"),
+    "no_t2t": reca_run("no words to words (t2t 0)", losses=STAGES["reca"].losses | {"t2t": 0.0}),
+    "no_replay": reca_run("no replay", options="--replay 0"),
     "first4": reca_run("first 4 visual words", subclass(FirstWords, "count", 4)),
     "first8": reca_run("first 8 visual words", subclass(FirstWords, "count", 8)),
     "blurred": reca_run("blurred visual words", subclass(SharpenedWords, "sharpness", 0.3)),
     "hard": reca_run("hard visual words", subclass(SharpenedWords, "sharpness", 10.0)),
     "reversed": reca_run("reversed visual words", ReversedWords),
-    "ema": reca_run("averaged weights (EMA 0.99)", ema=0.99),
+    "ema": reca_run("averaged weights (EMA 0.99)", options="--ema 0.99"),
 }
 RUNS = ABLATIONS | {
     "main": Run(),
-    "ar": Run({"paradigm": "ar"}),
-    "mask": Run({"paradigm": "mask"}),
-    "mar": Run({"paradigm": "mar"}),
-    "noise_3": Run({"noise_scale": 3}),
-    "random": Run({"encoder": "random", "align_steps": 950}),
-    "clip": Run({"encoder": SAME, "encoder_size": 48, "align_steps": 950}),
+    "ar": Run("--paradigm ar"),
+    "mask": Run("--paradigm mask"),
+    "mar": Run("--paradigm mar"),
+    "noise_3": Run("--noise_scale 3"),
+    "random": Run("--encoder random --align_steps 950"),
+    "clip": Run("--encoder {encoder} --encoder_size 48 --align_steps 950"),
     "photographs": Run(PHOTOS),
-    "reca_sft": Run(SFT, "main/reca", "RecA, SFT"),
-    "sft_reca": Run(RECA, "main/sft", "SFT, RecA"),
-    "reca_reca": Run(RECA, "main/reca", "RecA twice"),
-    "own_captions": Run(SFT, "main/pretrain", "SFT, own captions", loss_class=OwnCaptions),
-    "dense_captions": Run(SFT, "main/pretrain", "SFT, dense", loss_class=DenseCaptions),
+    "reca_sft": Run("", "sft", "main/reca", "RecA, SFT"),
+    "sft_reca": Run("", "reca", "main/sft", "SFT, RecA"),
+    "reca_reca": Run("", "reca", "main/reca", "RecA twice"),
+    "own_captions": Run("", "sft", "main/pretrain", "SFT, own captions", loss_class=OwnCaptions),
+    "dense_captions": Run("", "sft", "main/pretrain", "SFT, dense", loss_class=DenseCaptions),
     "features": reca_run("features", FeaturePrefix),
     "pixels": reca_run("pixels", PixelPrefix),
-    "train_connector": reca_run("RecA, connector too", TrainedConnector, **CONNECTOR_TOO),
+    "train_connector": reca_run("RecA, connector too", TrainedConnector, PHOTOS, **TOO),
 }

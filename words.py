@@ -4,7 +4,7 @@ import difflib
 import re
 from collections import Counter
 from collections.abc import Iterable
-from itertools import takewhile
+from itertools import chain, takewhile
 
 PAD, BOS, EOS, UNK = 0, 1, 2, 3
 SPECIALS = ["<pad>", "<bos>", "<eos>", "<unk>"]
@@ -27,9 +27,7 @@ class Vocabulary:
     @classmethod
     def from_captions(cls, captions: Iterable[str]) -> "Vocabulary":
         """All words of the captions, the most frequent first; ties in alphabetical order."""
-        counts = Counter()
-        for caption in captions:
-            counts.update(split_words(caption))
+        counts = Counter(chain.from_iterable(map(split_words, captions)))
         return cls(SPECIALS + sorted(counts, key=lambda word: (-counts[word], word)))
 
     def __len__(self) -> int:
@@ -38,31 +36,22 @@ class Vocabulary:
     def encode(self, text: str, length: int, strict: bool = False) -> list[int]:
         """`<bos> words <eos> <pad> ...`, `length` ids: unknown words as <unk>, a long text cut.
 
-        strict, for a prompt: raises ValueError instead (see `check_prompt`).
+        strict, for a prompt: raises ValueError instead, and names known words near an unknown one.
         """
         words = split_words(text)
         if strict:
-            self.check_prompt(text, words, length - 1)
+            unknown = next((word for word in words if word not in self.ids), None)
+            if unknown:
+                near = difflib.get_close_matches(unknown, self.words[4:], 3, 0.5)
+                known = f"known words near it: {', '.join(near or self.words[4:10])}"
+                raise ValueError(f"the prompt {text!r} holds the unknown word {unknown!r}; {known}")
+            if len(words) > length - 1:
+                limit = f"and this model reads at most {length - 1}: shorten it"
+                raise ValueError(f"the prompt {text!r} has {len(words)} words, {limit}")
         ids = [BOS]
         ids += [self.ids.get(word, UNK) for word in words[: length - 1]]
-        ids.append(EOS)
-        ids += [PAD] * length
+        ids += [EOS] + [PAD] * length
         return ids[:length]
-
-    def check_prompt(self, text: str, words: list[str], most: int) -> None:
-        """Raises ValueError for an unknown word, naming near ones, and for more than `most`."""
-        for word in words:
-            if word not in self.ids:
-                near = difflib.get_close_matches(word, self.words[4:], 3, 0.5) or self.words[4:10]
-                raise ValueError(
-                    f"the prompt {text!r} holds the unknown word {word!r}; "
-                    f"known words near it: {', '.join(near)}"
-                )
-        if len(words) > most:
-            raise ValueError(
-                f"the prompt {text!r} has {len(words)} words, "
-                f"and this model reads at most {most}: shorten it"
-            )
 
     def decode(self, ids: Iterable[int]) -> str:
         """The words before <eos>, without <bos> and <pad>."""

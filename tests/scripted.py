@@ -52,13 +52,13 @@ def scripted(
     def caption_images(model, encoder, vocabulary, images):
         return [caption(seen(image)) for image in images]
 
-    def text_to_image(model, vocabulary, prompts, generator):
+    def text_to_image(model, vocabulary, prompts, seeds):
         return true_images([draw(prompt) for prompt in prompts])
 
-    def reconstruct(model, encoder, images, generator):
+    def reconstruct(model, encoder, images, seeds):
         return true_images([again(i, seen(image)) for i, image in enumerate(images)])
 
-    def edit(model, encoder, vocabulary, images, instructions, think=True, generator=None):
+    def edit(model, encoder, vocabulary, images, instructions, think=True, seeds=None):
         edits = enumerate(evaluate.make_edits(len(images), 0))
         return true_images([edited(i, after, before, think) for i, (before, _, after) in edits])
 

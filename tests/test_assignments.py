@@ -1,73 +1,45 @@
-"""assignments/: a hand-out is red exactly where it is blank and holds no solution; every wrong body
-is caught; grading survives anything."""
+"""assignments/: a hand-out is red where it is blank, green once it is filled in, and shows no
+solution; every wrong body is caught. Grading: test_grade.py."""
 
 import ast
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
+import textwrap
+import types
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
+import torch
 
-from assignments.grade import grade_blank, take
-from assignments.make import BLANKS, TITLES, blanks_of, body_of, cut, find, make, with_body
+from assignments.leaks import find_leaks
+from assignments.make import (
+    BLANKS,
+    REWRITTEN,
+    RUNS,
+    TITLES,
+    TWINS,
+    blanked,
+    blanks_of,
+    bodies_of,
+    body_of,
+    check,
+    code_of,
+    cut,
+    find,
+    left_blank,
+    make,
+    with_body,
+)
 from wrong_bodies import WRONG, mistakes
 
 ROOT = Path(__file__).resolve().parents[1]
 MAKE = ROOT / "assignments" / "make.py"
-GRADE = ROOT / "assignments" / "grade.py"
 ENV = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
 WITH_BLANKS = [1, 2, 3, 4]
-# Slow tests of a hand-out, which no blank can turn red; they run, as all do, on the real code.
-SLOW = (
-    "not bit_flips and not truncated_files and not every_reshaped and not every_missing "
-    "and not overfit"
-)
-
-# Bodies for the blanks of assignment 3.
-HOSTILE = {
-    "paradigms.velocity_squared_error": """
-    import os, time
-    if os.fork() == 0:
-        os.setsid()
-        if os.fork() == 0:
-            time.sleep(600)
-        time.sleep(600)
-    return ((x_pred - x) / (1 - t).clamp(min=MIN_ONE_MINUS_T)) ** 2
-""",
-    "paradigms.Flow.loss": """
-        return torch.zeros(10 ** 11).sum()
-""",
-    "paradigms.cfg_predict": """
-    while True:
-        pass
-""",
-    "paradigms.euler_sample": """
-    import os
-    os._exit(0)
-""",
-    "recon_loss.drop_prefix": """
-    while True:
-        print('x' * 10 ** 6)
-""",
-}
-HANGING = """
-import os, time
-if os.fork() == 0:
-    os.setsid()
-open({path!r}, "a").write(f"{{os.getpid()}} ")
-while True:
-    time.sleep(1)
-"""
-# What a student may also hand in; none of it is used.
-DISARMED_TESTS = """
-def pytest_runtest_call(item):
-    item.obj = lambda *a, **k: None
-"""
 
 
 def run_python(*args, cwd=ROOT, env=ENV):
@@ -75,16 +47,28 @@ def run_python(*args, cwd=ROOT, env=ENV):
     return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=600)
 
 
-def run_handout(assignment, out):
-    """A fresh hand-out under pytest: {file.py::function: its outcomes}, and what pytest printed."""
+def fill_in(out, assignment):
+    """Puts the real bodies into the blanks of this assignment alone."""
+    for b in blanks_of(assignment):
+        path = out / b.file
+        body = body_of((ROOT / b.file).read_text(), b.function)
+        path.write_text(with_body(path.read_text(), b.function, body))
+
+
+def run_handout(assignment, out, filled):
+    """A hand-out under pytest: {file.py::function: its outcomes}, and what pytest printed."""
     make(assignment, out)
-    log = out.parent / f"{assignment}.log"
-    options = ["-q", "--tb=no", "-p", "no:cacheprovider", "-k", SLOW]
-    done = run_python("-m", "pytest", *options, cwd=out, env=ENV | {"GRADE_LOG": str(log)})
+    if filled:
+        fill_in(out, assignment)
+    report = out.parent / f"{out.name}.xml"
+    options = ["-q", "--tb=line", "-p", "no:cacheprovider", "--junitxml", report]
+    done = run_python("-m", "pytest", *options, cwd=out)
     outcomes = {}
-    for entry in map(json.loads, log.read_text().splitlines()):
-        if entry["event"] not in ("start", "end"):
-            outcomes.setdefault(entry["test"], set()).add(entry["event"])
+    for case in ElementTree.parse(report).iter("testcase"):
+        file = case.get("classname").split(".")[-1]
+        test = f"{file}.py::{case.get('name').split('[')[0]}"
+        kinds = {child.tag for child in case} & {"failure", "error", "skipped"}
+        outcomes.setdefault(test, set()).update(kinds or {"passed"})
     return outcomes, done.stdout + done.stderr
 
 
@@ -93,33 +77,16 @@ def try_wrong_bodies(assignment):
     return run_python(script, assignment, env=ENV | {"PYTHONPATH": str(ROOT)})
 
 
-def grade_hostile(folder):
-    folder.mkdir()
-    sources = {name: (ROOT / name).read_text() for name in ("paradigms.py", "recon_loss.py")}
-    for b in blanks_of(3):
-        if b.name in HOSTILE:
-            sources[b.file] = with_body(sources[b.file], b.function, HOSTILE[b.name])
-    for name, source in sources.items():
-        (folder / name).write_text(source)
-    (folder / "tests").mkdir()
-    (folder / "conftest.py").write_text(DISARMED_TESTS)
-    (folder / "tests" / "conftest.py").write_text(DISARMED_TESTS)
-    (folder / "torch.py").write_text("raise SystemExit(0)\n")
-    results = folder / "results.json"
-    done = run_python(GRADE, 3, folder, "--json", results, "--seconds", 20)
-    return done, results
-
-
 @pytest.fixture(scope="module")
 def work(tmp_path_factory):
     """All that takes seconds, two at a time: {(what, assignment): a future}."""
     folder = tmp_path_factory.mktemp("assignments")
+    futures = {}
     with ThreadPoolExecutor(2) as pool:
-        futures = {("hostile", 3): pool.submit(grade_hostile, folder / "hostile")}
         for n in WITH_BLANKS:
             futures["wrong", n] = pool.submit(try_wrong_bodies, n)
-        for n in WITH_BLANKS:
-            futures["handout", n] = pool.submit(run_handout, n, folder / str(n))
+            futures["blank", n] = pool.submit(run_handout, n, folder / f"{n}", False)
+            futures["filled", n] = pool.submit(run_handout, n, folder / f"{n}-filled", True)
         yield futures
 
 
@@ -128,12 +95,12 @@ def work(tmp_path_factory):
 
 def test_there_are_enough_blanks_and_mistakes():
     names = {b.name for b in BLANKS}
-    assert len(BLANKS) >= 12
+    assert len(BLANKS) == 20
     assert len(names) == len(BLANKS)
     assert set(WRONG) == names
     counts = [len(mistakes(name)) for name in names]
-    assert min(counts) >= 3
-    assert sum(counts) >= 36
+    assert min(counts) >= 4
+    assert sum(counts) >= 150
 
 
 @pytest.mark.parametrize("b", BLANKS, ids=lambda b: b.name)
@@ -145,35 +112,32 @@ def test_a_cut_keeps_signature_and_docstring_and_goes_back(b):
     assert ast.get_docstring(before) == ast.get_docstring(after)
     assert ast.unparse(after.body[-1]) == f"raise NotImplementedError({b.equation!r})"
     assert len(after.body) <= 2, "nothing but the docstring stays"
+    assert max(map(len, blank.splitlines())) <= 100
     restored = with_body(blank, b.function, body_of(source, b.function))
     assert restored == source, "the real body put back is the real file, to the byte"
 
 
+def test_every_file_of_the_program_is_handed_out():
+    names = {path.name for path in ROOT.glob("*.py")}
+    assert names == {name for name in code_of(4) if name.endswith(".py")}
+    assert set(code_of(4)) - set(code_of(3)) == set(RUNS)
+
+
 @pytest.mark.parametrize("assignment", TITLES)
-def test_a_handout_holds_no_solution(assignment, tmp_path):
+def test_a_handout_holds_what_it_imports_and_nothing_of_the_teachers(assignment, tmp_path):
     out = tmp_path / "out"
     make(assignment, out)
-    files = [path for path in out.rglob("*") if path.is_file()]
-    ours = {"wrong_bodies.py", "test_assignments.py", "make.py", "grade.py"}
-    assert not ours & {path.name for path in files}
-    assert not list(out.rglob(".git*"))
-    assert not list(out.rglob("__pycache__"))
-    readable = [path for path in files if path.suffix in (".py", ".md", ".json", ".txt")]
-    text = "\n".join(path.read_text() for path in readable)
-    for b in blanks_of(assignment):
-        body = body_of((ROOT / b.file).read_text(), b.function).strip()
-        assert body not in text, f"{b.name} can be read in the hand-out"
-        last = body.splitlines()[-1].partition("  #")[0].strip()
-        assert len(last) < 60 or last not in text, f"{b.name} can be read in the hand-out: {last}"
-
-
-def test_a_handout_holds_every_file_that_its_files_import(tmp_path):
-    make(5, tmp_path / "out")
-    for path in (tmp_path / "out").glob("*.py"):
+    names = {path.name for path in out.rglob("*")}
+    teachers = {"wrong_bodies.py", "test_assignments.py", "make.py", "grade.py", "leaks.py"}
+    teachers |= {"teacher.md", "answers.py"}
+    assert not teachers & names
+    assert not [name for name in names if name.startswith((".git", "__pycache__"))]
+    tests = {path.name for path in (out / "tests").glob("test_*.py")}
+    assert tests == ({f"test_assignments_{assignment}.py"} if assignment < 5 else set())
+    for path in out.glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ImportFrom) and (ROOT / f"{node.module}.py").exists():
-                imported = tmp_path / "out" / f"{node.module}.py"
-                assert imported.exists(), f"{path.name} imports {node.module}"
+                assert f"{node.module}.py" in names, f"{path.name} imports {node.module}"
 
 
 HANDING_OUT = [
@@ -191,17 +155,186 @@ def test_handing_out_refuses_what_it_cannot_do(args, said, tmp_path):
     assert "Traceback" not in done.stderr
 
 
+# ---------------------------------------------------------------- solutions in a hand-out
+
+
+def test_no_handout_shows_a_solution():
+    assert check() == []
+    done = run_python(MAKE, "check")
+    assert done.returncode == 0
+    assert "no hand-out shows" in done.stdout
+
+
+class Renamed(ast.NodeTransformer):
+    """Other names for variables and attributes."""
+
+    def visit_Name(self, node):
+        return ast.Name(f"my_{node.id}", node.ctx)
+
+    def visit_Attribute(self, node):
+        return ast.Attribute(self.visit(node.value), f"{node.attr}_too", node.ctx)
+
+
+def renamed_body(b):
+    node = find((ROOT / b.file).read_text(), b.function)
+    body = node.body[1:] if ast.get_docstring(node) else node.body
+    return ast.unparse(ast.Module([Renamed().visit(part) for part in body], []))
+
+
+def hide(kind, b, out):
+    """Puts a body, under other names, into a place of a hand-out."""
+    lines = renamed_body(b)
+    inside = textwrap.indent(lines, "    ")
+    path = out / "tests" / "small.py"
+    if kind == "test":
+        path = out / "tests" / "test_more.py"
+        path.write_text(f"def test_more(a, b):\n    c = a + b\n{inside}\n")
+    elif kind == "helper":
+        path.write_text(f"{path.read_text()}\n\ndef oracle(a, b):\n{inside}\n")
+    elif kind == "nested":
+        deeper = textwrap.indent(inside, "        ")
+        path.write_text(
+            f"{path.read_text()}\n\nclass A:\n    def b(self):\n        def c():\n{deeper}\n"
+        )
+    elif kind == "comment":
+        real = body_of((ROOT / b.file).read_text(), b.function)
+        said = textwrap.indent(textwrap.dedent(real), "# ")
+        path.write_text(f"{path.read_text()}\n{said}\n")
+    elif kind == "text":
+        real = textwrap.dedent(body_of((ROOT / b.file).read_text(), b.function))
+        readme = out / "README.md"
+        readme.write_text(f"{readme.read_text()}\n```python\n{real}```\n")
+
+
+@pytest.mark.parametrize("assignment", WITH_BLANKS)
+@pytest.mark.parametrize("kind", ["test", "helper", "nested", "comment", "text"])
+def test_a_body_in_a_handout_is_found(assignment, kind, tmp_path):
+    bodies = bodies_of(assignment)
+    handed_out = tmp_path / "out"
+    make(assignment, handed_out)
+    # of later assignments too
+    for i, b in enumerate([*blanks_of(assignment), left_blank(assignment)[-1]]):
+        out = tmp_path / str(i)  # the files that `hide` changes alone: others take time
+        (out / "tests").mkdir(parents=True)
+        for name in ("README.md", "tests/small.py"):
+            (out / name).write_text((handed_out / name).read_text())
+        assert find_leaks(out, bodies) == []
+        hide(kind, b, out)
+        found = find_leaks(out, bodies)
+        assert any(b.name in line for line in found), f"{b.name} in a {kind}: {found}"
+
+
+A_TWIN_OF_ATTENTION = """
+class Reader(nn.Module):
+    def forward(self, words, extra):
+        both = self.mixed(words)
+        a, b, c = rearrange(both, "n t (three h d) -> three n h t d", three=3, h=self.count)
+        out = F.scaled_dot_product_attention(a, b, c)
+        out = self.last(rearrange(out, "n h t d -> n t (h d)"))
+        return out + extra
+"""
+
+
+def test_twins_are_found(tmp_path):
+    out = tmp_path / "out"
+    make(1, out)
+    (out / "reader.py").write_text(A_TWIN_OF_ATTENTION)
+    found = find_leaks(out, bodies_of(1))
+    assert found == ["reader.py, Reader.forward: a twin of encoder.Attention.forward"]
+    # the real twin, which hand-outs show in another way
+    (out / "reader.py").unlink()
+    (out / "encoder.py").write_text(cut((ROOT / "encoder.py").read_text(), "Attention.forward", ""))
+    found = find_leaks(out, bodies_of(1))
+    assert any("AttentionPool.forward: a twin" in line for line in found)
+
+
+def test_what_is_left_out_or_rewritten_exists_and_changes():
+    for twin, (blank, _) in TWINS.items():
+        module, function = twin.split(".", 1)
+        assert find((ROOT / f"{module}.py").read_text(), function)
+        assert blank in {b.name for b in BLANKS}
+    for r in REWRITTEN:
+        name = r.name.split(".")[0] + ".py"
+        last = max(b.assignment for b in BLANKS if b.name in r.like)
+        source = blanked(name, last)
+        function = r.name.split(".", 1)[1]
+        assert body_of(source, function) != body_of((ROOT / name).read_text(), function)
+        assert max(map(len, source.splitlines())) <= 100
+
+
+def module_of(name, assignment):
+    """A file as it is handed out, as a module."""
+    module = types.ModuleType(f"handed_out_{name}")
+    sys.modules[module.__name__] = module  # dataclasses look there
+    exec(compile(blanked(f"{name}.py", assignment), f"{name}.py", "exec"), module.__dict__)
+    return module
+
+
+@torch.no_grad()
+def test_what_is_rewritten_computes_the_same():
+    import encoder
+    import paradigms
+    import shapes
+    from laws import random_weights
+    from small import small
+
+    handed_out = module_of("encoder", 2)
+    for pool in ("mean", "attention"):
+        cfg = encoder.scratch_config(12, 4, width=20, depth=2, heads=5, pool=pool)
+        ours, theirs = encoder.ViT(cfg).double(), handed_out.ViT(cfg).double()
+        random_weights(ours)
+        theirs.load_state_dict(ours.state_dict())
+        images = torch.rand(2, 3, 12, 12, dtype=torch.float64)
+        torch.testing.assert_close(theirs(images).pooled, ours(images).pooled)
+    torch.testing.assert_close(module_of("shapes", 3).sprites(8), shapes.sprites(8))
+    cfg = small("mar").cfg
+    ours, theirs = paradigms.FlowMLP(cfg), module_of("paradigms", 4).FlowMLP(cfg)
+    random_weights(ours)
+    theirs.load_state_dict(ours.state_dict())
+    inputs = torch.randn(2, 9, 48), torch.rand(2, 9), torch.randn(2, 9, 24)
+    torch.testing.assert_close(theirs(*inputs), ours(*inputs))
+
+
+# ---------------------------------------------------------------- texts
+
+
+@pytest.mark.parametrize("assignment", WITH_BLANKS)
+def test_a_text_says_what_is_graded(assignment):
+    text = (ROOT / "assignments" / TITLES[assignment]).read_text()
+    for b in blanks_of(assignment):
+        _, _, rest = text.partition(f"### `{b.name}` ({b.points} points)")
+        assert rest, f"{b.name} has a section with its points"
+        section = rest.partition("\n### ")[0].partition("\n## ")[0]
+        assert "By hand" in section, f"{b.name} has an example by hand"
+        assert section.count("<details>") >= 2, f"{b.name} has a ladder of hints"
+    for heading in ("## What to hand in", "## Time", "## The run at the end", "## Questions"):
+        assert heading in text, heading
+    points = sum(b.points for b in blanks_of(assignment))
+    assert f"{points} points for the blanks" in text
+    assert "15 points for the questions" in text
+    lines = [line for line in text.splitlines() if "](" not in line]
+    assert max(map(len, lines)) <= 100
+
+
 # ---------------------------------------------------------------- the tests of a hand-out
 
 
 @pytest.mark.parametrize("assignment", WITH_BLANKS)
-def test_blanks_are_red_and_nothing_else_is(assignment, work):
-    outcomes, printed = work["handout", assignment].result()
+def test_blanks_are_red(assignment, work):
+    outcomes, printed = work["blank", assignment].result()
     own = {test for b in blanks_of(assignment) for test in b.tests}
-    failed = {test for test, found in outcomes.items() if "failed" in found}
-    assert failed == own, printed[-3000:]
+    assert set(outcomes) == own, printed[-3000:]
     for test in own:
-        assert outcomes[test] == {"failed"}, f"{test}: a case passes with a blank body"
+        assert outcomes[test] == {"failure"}, f"{test}: a case passes with a blank body"
+
+
+@pytest.mark.parametrize("assignment", WITH_BLANKS)
+def test_filled_in_a_handout_is_green(assignment, work):
+    """The blanks of later assignments stay blank."""
+    outcomes, printed = work["filled", assignment].result()
+    assert outcomes
+    for test, found in outcomes.items():
+        assert found == {"passed"}, f"{test}: {printed[-3000:]}"
 
 
 @pytest.mark.parametrize("assignment", WITH_BLANKS)
@@ -218,89 +351,15 @@ def test_every_wrong_body_is_caught(assignment, work):
             assert caught_by, f"{blank}: {what}: nothing caught it"
 
 
-def test_the_tests_of_one_blank_import_no_others(tmp_path):
+def test_the_tests_of_one_blank_run_alone(tmp_path):
     out = tmp_path / "out"
     make(4, out, fill=True)
-    (out / "tests" / "test_assignments_blanks.py").write_text("raise SystemExit('imported')\n")
+    (out / "tests" / "test_other.py").write_text("raise SystemExit('imported')\n")
     options = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "--blank"]
-    done = run_python(*options, "recon_loss.text_loss", cwd=out)
+    done = run_python(*options, "recon_loss.recon_loss", cwd=out)
     assert done.returncode == 0, done.stdout
-    assert "1 passed" in done.stdout
+    assert "passed" in done.stdout
     done = run_python(*options, "nothing", cwd=out)
     assert done.returncode == 4
     assert "no blank nothing; there are: model.Connector.forward, " in done.stderr
     assert "Traceback" not in done.stderr
-
-
-# ---------------------------------------------------------------- grading
-
-
-def test_grading_survives_a_hostile_submission(work):
-    done, path = work["hostile", 3].result()
-    assert done.returncode == 0, done.stderr
-    results = json.loads(path.read_text())
-    assert set(results) >= {"score", "tests", "execution_time"}
-    found = {test["name"]: test for test in results["tests"]}
-    for name in ("paradigms.interpolate", "paradigms.velocity_squared_error"):
-        assert found[name]["score"] == 10, found[name]  # the second forks, but is right
-    for name, said in {
-        "paradigms.Flow.loss": "allocate",
-        "paradigms.cfg_predict": "stopped after",
-        "paradigms.euler_sample": "ended early",
-        "recon_loss.drop_prefix": "dropped_conditions",
-    }.items():
-        assert found[name]["score"] == 0, found[name]
-        assert said in found[name]["output"]
-    assert results["score"] == 20
-    assert results["execution_time"] < 6 * 20
-    for test in results["tests"]:
-        assert test["status"] in ("passed", "failed")
-        assert test["score"] <= test["max_score"]
-    assert "sum" in done.stdout
-    assert len(done.stdout) < 20_000
-
-
-def test_grading_without_files_or_with_a_syntax_error(tmp_path):
-    copy, submission = tmp_path / "copy", tmp_path / "submission"
-    make(3, copy, fill=True)
-    submission.mkdir()
-    (submission / "recon_loss.py").symlink_to("/dev/zero")
-    problems = take(submission, copy, blanks_of(3))
-    assert "cannot be read" in problems["paradigms.py"]
-    assert "no plain file" in problems["recon_loss.py"]
-    interpolate, velocity_squared_error, *_ = blanks_of(3)
-
-    (copy / "paradigms.py").write_text("def interpolate(:\n")
-    outcomes, _ = grade_blank(interpolate, copy, 30, 2**32)
-    for message in outcomes.values():
-        assert "SyntaxError" in message
-        assert "before its first test" in message
-
-    # recon_loss.py cannot be imported, but paradigms.py is right
-    (copy / "paradigms.py").write_text((ROOT / "paradigms.py").read_text())
-    outcomes, _ = grade_blank(velocity_squared_error, copy, 60, 2**32)
-    assert not any(outcomes.values()), outcomes
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_grader_that_is_stopped_leaves_no_process_and_no_folder(number, tmp_path):
-    """The submission hangs as it is imported, beside a child that has left its process group."""
-    pids, copies = tmp_path / "pids", tmp_path / "tmp"
-    (tmp_path / "paradigms.py").write_text(HANGING.format(path=str(pids)))
-    copies.mkdir()
-    command = [sys.executable, GRADE, "3", tmp_path, "--seconds", "100"]
-    command += ["--json", tmp_path / "results.json"]
-    env = os.environ | {"TMPDIR": str(copies)}
-    grader = subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True)
-    began = time.monotonic()
-    while not (pids.exists() and len(pids.read_text().split()) == 2):
-        assert grader.poll() is None
-        assert time.monotonic() - began < 90
-        time.sleep(0.1)
-    grader.send_signal(number)
-    _, said = grader.communicate(timeout=20)
-    assert f"stopped by {number.name}" in said
-    assert grader.returncode == 128 + number
-    for pid in pids.read_text().split():
-        assert not os.path.exists(f"/proc/{pid}")
-    assert not list(copies.iterdir())

@@ -213,6 +213,23 @@ def test_what_a_tokenizer_keeps_and_uses(monkeypatch):
     assert "tokenizer" not in evaluate.evaluate(scripted(monkeypatch), 5)
 
 
+def test_noise_is_of_the_seed_and_of_the_place_of_an_image(monkeypatch):
+    loaded = scripted(monkeypatch)
+    seen = {}
+    for name in ("text_to_image", "reconstruct", "edit"):
+        function = getattr(evaluate, name)
+
+        def watch(*args, seeds, name=name, function=function):
+            seen[name] = list(seeds)
+            return function(*args, seeds=seeds)
+
+        monkeypatch.setattr(evaluate, name, watch)
+    evaluate.evaluate(loaded, 5, seed=0)
+    assert seen == dict.fromkeys(seen, [0, 1, 2, 3, 4])
+    assert seen.keys() == {"text_to_image", "reconstruct", "edit"}
+    assert list(evaluate.noise_seeds(3, 2)) == [30_000, 30_001]
+
+
 def test_edits_by_kind_and_generated_at_once(monkeypatch):
     def edited(i, after, before, think):
         return after if think and i % 5 != 1 else before
@@ -303,7 +320,7 @@ def photographs(tmp_path, monkeypatch):
 
     cfg = SimpleNamespace(encoder_size=0, image_size=8)
     model = SimpleNamespace(device="cpu", cfg=cfg, text_prefix=lambda ids: images * 0.5)
-    monkeypatch.setattr(evaluate, "sample_image", lambda model, prefix, generator: prefix)
+    monkeypatch.setattr(evaluate, "sample_image", lambda model, prefix, seeds: prefix)
     parts = {"model": model, "encoder": encoder, "vocabulary": vocabulary}
     return SimpleNamespace(**parts, config={"dataset": "imagenet", **options}, stage="reca")
 
@@ -313,7 +330,7 @@ def test_photographs_are_measured_against_themselves(is_exact, photographs, tmp_
     """Each photograph is generated as it is, or as another: the sets are the same either way."""
     order = list(range(16)) if is_exact else [7, *range(7), *range(8, 16)]
     monkeypatch.setattr(
-        evaluate, "reconstruct", lambda model, encoder, images, generator: images[order]
+        evaluate, "reconstruct", lambda model, encoder, images, seeds: images[order]
     )
     scores = evaluate.evaluate(photographs, 16)
     assert scores["cases"] == {name: 16 for name in ("psnr", "cosine", "t2i_cosine")}
@@ -330,25 +347,26 @@ def test_photographs_are_measured_against_themselves(is_exact, photographs, tmp_
 def test_photographs_are_sampled_in_batches(photographs, monkeypatch):
     seen = []
 
-    def reconstruct(model, encoder, images, generator):
-        seen.append((len(images), generator))
+    def reconstruct(model, encoder, images, seeds):
+        seen.append((len(images), list(seeds)))
         return images * 0.9
 
     monkeypatch.setattr(evaluate, "reconstruct", reconstruct)
-    whole = evaluate.evaluate(photographs, 16)
+    whole = evaluate.evaluate(photographs, 16, seed=2)
     monkeypatch.setattr(evaluate, "PHOTOS_AT_A_TIME", 6)
     halves = iter(photographs.model.text_prefix(None).split(6))
     photographs.model.text_prefix = lambda ids: next(halves)
-    parts = evaluate.evaluate(photographs, 16)
+    parts = evaluate.evaluate(photographs, 16, seed=2)
     assert [count for count, _ in seen] == [16, 6, 6, 4]
-    assert seen[1][1] is seen[3][1], "one stream of noise for all batches"
+    assert seen[0][1] == list(range(20_000, 20_016))
+    assert sum((seeds for _, seeds in seen[1:]), []) == seen[0][1], "the same noise in all batches"
     assert parts.pop("interval").keys() == whole.pop("interval").keys()
     assert parts.pop("cases") == whole.pop("cases")
     assert parts == pytest.approx(whole, rel=1e-4, abs=1e-9)
 
 
 def test_captions_in_a_picture_show_no_unknown_words(photographs, tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluate, "reconstruct", lambda model, encoder, images, generator: images)
+    monkeypatch.setattr(evaluate, "reconstruct", lambda model, encoder, images, seeds: images)
     photographs.vocabulary = Vocabulary(SPECIALS + ["a", "photo", "of", "kind0"])
     drawn = []
     image_grid = evaluate.image_grid
@@ -381,11 +399,11 @@ def test_results_are_strict_json(tmp_path):
 def test_another_place_of_the_encoder_is_passed_on(monkeypatch, capsys):
     calls = []
 
-    def load_checkpoint(path, device, **options):
+    def fake_checkpoint(path, device, **options):
         calls.append(options)
         raise ValueError("seen")
 
-    monkeypatch.setattr(evaluate, "load_checkpoint", load_checkpoint)
+    monkeypatch.setattr(evaluate, "Checkpoint", fake_checkpoint)
     for options in (["--encoder", "weights/clip"], []):
         with pytest.raises(SystemExit):
             main(["--ckpt", "x.pt", *options])

@@ -19,7 +19,8 @@ from experiments import (
     expand_rows,
     main,
     markdown_table,
-    plot,
+    plot_differences,
+    plot_shares,
     read_scores,
     shuffled_condition_loss,
     train_if_missing,
@@ -27,7 +28,7 @@ from experiments import (
 )
 from scripted import scripted
 from shapes import PLURALS, SHAPES, USUAL_COLOR, Scene, SceneObject, Shapes
-from variants import RUNS, SAME
+from variants import RUNS
 
 # ---------------------------------------------------------------- what single experiments measure
 
@@ -113,22 +114,49 @@ def test_reca_is_compared_with_its_control_too():
     assert lines[5] == "| RecA, ar - SFT, ar | +0.200 ± 0.000 |"
 
 
-def test_plots_show_what_the_tables_say(tmp_path, monkeypatch):
-    monkeypatch.setattr(experiments, "ASSETS", tmp_path)
+def scores_around(means, seeds=2):
+    """{title: scores by seed}, all of them near a mean; differences spread over the seeds."""
     columns = EXPERIMENTS["main"].columns
+    rows = {}
+    for title, mean in means.items():
+        values = [mean + mean * seed / 100 for seed in range(seeds)]
+        rows[title] = [dict.fromkeys(columns, value) for value in values]
+    return rows
 
-    def write_table(name, means):
-        rows = {}
-        for title, mean in means.items():
-            rows[title] = [{column: mean + shift for column in columns} for shift in (0, 0.01)]
-        (tmp_path / f"{name}.md").write_text(markdown_table(rows, columns))
 
-    write_table("main", {"base": 0.2, "SFT": 0.3, "RecA": 0.9})
-    write_table("ablations", {"RecA": 0.9, "no replay": 0.5})
-    plot()
+def test_bars_show_what_the_table_of_main_says(tmp_path, monkeypatch):
+    monkeypatch.setattr(experiments, "ASSETS", tmp_path)
+    plot_shares(scores_around({"base": 0.2, "SFT": 0.3, "RecA": 0.9}))
     bars = (tmp_path / "bars.svg").read_text()
     assert bars.count("<rect") == 1 + 3 + 3 * 10, "paper, legend, and three bars a category"
-    assert "no replay" in (tmp_path / "ablations.svg").read_text()
+    assert bars.count('stroke="black"') == 2 * 10, "intervals of the differences to the base"
+    plot_shares(scores_around({"base": 0.2, "RecA": 0.9}, seeds=1))
+    assert 'stroke="black"' not in (tmp_path / "bars.svg").read_text()
+
+
+def test_a_forest_shows_what_the_table_of_ablations_says(tmp_path, monkeypatch):
+    monkeypatch.setattr(experiments, "ASSETS", tmp_path)
+    path = tmp_path / "ablations.svg"
+    plot_differences(scores_around({"RecA": 0.9, "no replay": 0.5}, seeds=1))
+    plot_differences(scores_around({"RecA": 0.9}))
+    assert not path.exists(), "nothing has an interval"
+    plot_differences(scores_around({"RecA": 0.9, "no replay": 0.5}))
+    assert "no replay" in path.read_text()
+    assert "the difference to RecA" in path.read_text()
+
+
+def test_an_experiment_draws_its_plot_from_the_scores_of_its_table(copy, monkeypatch):
+    plotted = []
+    experiment = EXPERIMENTS["copy"]._replace(plot=plotted.append)
+    monkeypatch.setitem(EXPERIMENTS, "copy", experiment)
+    copy.start()
+    [scores] = plotted
+    assert list(scores) == ["base", "pixels"]
+    assert [run["overall"] for run in scores["pixels"]] == [0.7, 0.71]
+    assert EXPERIMENTS["main"].plot is plot_shares
+    assert EXPERIMENTS["ablations"].plot is plot_differences
+    copy.start("--picture")
+    assert len(plotted) == 1
 
 
 # ---------------------------------------------------------------- training and scoring
@@ -173,7 +201,7 @@ def copy(tmp_path, monkeypatch):
     rows = "main/pretrain pixels"
     experiment = Experiment(rows, ["recon_loss", "overall"], picture=picture)
     monkeypatch.setitem(EXPERIMENTS, "copy", experiment)
-    monkeypatch.setattr(experiments, "load_checkpoint", lambda path, *_: str(path))
+    monkeypatch.setattr(experiments, "Checkpoint", lambda path, *_: str(path))
     other = tmp_path / "elsewhere"
     other.mkdir()
     results = {"pretrain": {"overall": 0.5, "cases": {"psnr": 5}}}
@@ -268,7 +296,7 @@ def test_scores_are_measured_where_the_run_has_others(tmp_path, monkeypatch):
         called.append((loaded, n, seed))
         return {"overall": 0.2}
 
-    monkeypatch.setattr(experiments, "load_checkpoint", lambda path, *_: str(path))
+    monkeypatch.setattr(experiments, "Checkpoint", lambda path, *_: str(path))
     monkeypatch.setattr(evaluate, "evaluate", fake_evaluate)
 
     def scores(n):
@@ -295,12 +323,12 @@ def test_every_row_is_a_run_that_train_accepts(name, tmp_path):
     for row in expand_rows(EXPERIMENTS[name].rows.split()).values():
         run_name, checkpoint = row.split("/")
         run = RUNS[run_name]
-        options = {k: given[k] if v == SAME else v for k, v in run.options.items()}
-        argv = ["--out_dir", str(tmp_path / run_name)]
-        for option, value in options.items():
-            argv += [f"--{option}"] if value is True else [f"--{option}", str(value)]
-        cfg, _ = parse_config(argv)
+        argv = run.options.format(**given).split()
+        if run.stage:
+            argv += ["--stage", run.stage]
+        cfg, _ = parse_config(["--out_dir", str(tmp_path / run_name), *argv])
         validate(cfg)
+        options = [word.removeprefix("--") for word in argv if word.startswith("--")]
         changed = [k for k in options if k != "stage" and getattr(cfg, k) != getattr(Config(), k)]
         is_recipe = not changed and run.variant == RUNS["main"].variant
         twice = ("reca_sft", "sft_reca", "reca_reca")

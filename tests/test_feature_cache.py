@@ -161,7 +161,7 @@ def test_a_mark_is_set_after_its_block_is_on_the_disk(folder, monkeypatch):
     monkeypatch.setattr(os, "fsync", noted_sync)
     monkeypatch.setattr(os, "pwrite", noted_mark)
     cache(folder, dataset, encoder)
-    assert order == ["sync", "mark", "sync"] * 4
+    assert order == ["sync", "mark"] * 4
 
 
 def test_processes_share_the_work(folder):

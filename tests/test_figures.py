@@ -133,6 +133,13 @@ def test_a_forest_is_grey_where_an_interval_includes_zero(tmp_path):
     assert float(marks[0]["x"]) > float(zero[0]["x"]) > float(marks[1]["x"])
 
 
+def test_a_forest_of_no_differences_stands_at_zero(tmp_path):
+    forest(["x"], {"a": [(0.0, 0.0)]}, tmp_path / "a.svg", "title")
+    zero = [text for text in elements(tmp_path / "a.svg", "text") if text["text"] == "0"]
+    mark = elements(tmp_path / "a.svg", "rect")[1]
+    assert float(mark["x"]) + 3 == float(zero[0]["x"])
+
+
 def lines_of(path):
     return [line for line in elements(path, "polyline") if line["stroke"] in PALETTE]
 

@@ -3,6 +3,7 @@ and guidance, and a fifth paradigm."""
 
 import math
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -16,12 +17,12 @@ from paradigms import (
     MIN_ONE_MINUS_T,
     PARADIGMS,
     TIME_POWER,
+    ImageNoise,
     Sampling,
     add_noise,
     euler_sample,
     interpolate,
     mask_schedule,
-    noise_source,
     null_prefix,
     patchify,
     random_mask,
@@ -38,7 +39,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def sample(model, prefix, **changes):
     """Images of the model's paradigm: its default options with changes, and noise of seed 0."""
     sampling = replace(model.paradigm.default_sampling, **changes)
-    return model.paradigm.sample(model, prefix, sampling, seeded())
+    return model.paradigm.sample(model, prefix, sampling, ImageNoise(range(len(prefix)), "cpu"))
 
 
 # ---------------------------------------------------------------- patches
@@ -183,30 +184,30 @@ def test_random_mask_hides_exactly_its_share_at_every_position():
 @pytest.mark.parametrize("eta", [0.0, 0.6, 1.0])
 def test_an_exact_model_recovers_the_data_in_any_number_of_steps(steps, eta):
     x = torch.randn(B, N, P)
-    draw_noise = noise_source(small("flow"), x.shape, Sampling(), seeded())
+    draw_noise = partial(ImageNoise(range(B), "cpu").normal, N, P)
     torch.testing.assert_close(euler_sample(lambda x_t, t: x, draw_noise, steps, eta), x)
 
 
 @torch.no_grad()
-def test_without_resampling_the_steps_are_eulers(model):
+def test_without_resampling_the_steps_are_eulers():
     weight = torch.randn(P, P) / 7
 
     def predict(x_t, t):
         return (x_t @ weight).tanh() * (1 + t)
 
-    x_t = torch.randn(B, N, P, generator=seeded()) * 2.0  # noise_scale
+    x_t = ImageNoise(range(B), "cpu").normal(N, P)
     times = (torch.arange(6) / 5) ** TIME_POWER
     for t, t_next in zip(times[:-1], times[1:], strict=True):
         velocity = (predict(x_t, t) - x_t) / (1 - t)
         x_t = x_t + (t_next - t) * velocity
-    draw_noise = noise_source(model, x_t.shape, Sampling(), seeded())
+    draw_noise = partial(ImageNoise(range(B), "cpu").normal, N, P)
     sampled = euler_sample(predict, draw_noise, steps=5, eta=0.0)
     torch.testing.assert_close(sampled, x_t, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
 @torch.no_grad()
-def test_resampled_noise_keeps_its_variance(model, eta):
+def test_resampled_noise_keeps_its_variance(eta):
     """A model that predicts zeros leaves x_t = (1 - t) * noise, whose std each step can measure."""
     stds = []
 
@@ -214,11 +215,11 @@ def test_resampled_noise_keeps_its_variance(model, eta):
         stds.append((x_t.std() / (1 - t)).item())
         return torch.zeros_like(x_t)
 
-    draw_noise = noise_source(model, (50, N, P), Sampling(), seeded())
+    draw_noise = partial(ImageNoise(range(50), "cpu").normal, N, P, std=2.0)
     euler_sample(predict, draw_noise, steps=4, eta=eta)
     assert len(stds) == 4
     for std in stds:
-        assert std == pytest.approx(model.cfg.noise_scale, rel=0.02)
+        assert std == pytest.approx(2.0, rel=0.02)
 
 
 # ---------------------------------------------------------------- the samplers of codes
@@ -302,9 +303,9 @@ def test_each_pass_of_the_schedule_decides_something(count, steps):
 
 
 def test_sampled_ids_follow_the_softmax():
-    logits, generator = torch.tensor([0.0, 1.0, -2.0, 0.5]), seeded()
+    logits, noise = torch.tensor([0.0, 1.0, -2.0, 0.5]), ImageNoise([0], "cpu")
     for temperature in (1.0, 0.5):
-        ids = sample_categorical(logits.expand(20000, -1), temperature, generator)
+        ids = sample_categorical(logits.expand(1, 20000, -1), temperature, noise)[0]
         frequency = torch.bincount(ids, minlength=4) / 20000
         expected = (logits / temperature).softmax(0)
         torch.testing.assert_close(frequency, expected, atol=0.015, rtol=0)
@@ -371,7 +372,7 @@ class Regression(nn.Module):
     def loss(self, model, prefix, images):
         return F.mse_loss(model.predict_image(prefix, images), patchify(images, 4))
 
-    def sample(self, model, prefix, sampling, generator):
+    def sample(self, model, prefix, sampling, noise):
         return unpatchify(model.predict_image(prefix, prefix), 4)
 
 
@@ -393,3 +394,30 @@ def test_a_fifth_paradigm_is_one_class_and_one_row(monkeypatch):
         optimizer.step()
         optimizer.zero_grad()
     torch.testing.assert_close(reconstruct(model, encoder, images), images, atol=0.05, rtol=0)
+
+
+# ---------------------------------------------------------------- the noise of each image
+
+
+@pytest.mark.parametrize("paradigm", ["flow", "ar", "mask", "mar"])
+@pytest.mark.parametrize("cfg_scale", [1.0, 2.0])
+@torch.no_grad()
+def test_an_image_is_the_same_in_a_batch_of_any_size(paradigm, cfg_scale, monkeypatch):
+    """Image 3 of seeds 0 to 7 is the image of seed 3 alone, also where the batch is cut in two."""
+    import sample as sample_module
+
+    torch.manual_seed(0)
+    model = small(paradigm)
+    for p in model.parameters():
+        p.add_(0.1 * torch.randn_like(p))  # heads start at zero
+    prefix = random_prefix(model, 1).expand(8, -1, -1)
+    options = {"cfg_scale": cfg_scale, "steps": 4}
+    if paradigm in ("flow", "mar"):
+        options["eta"] = 0.5
+    images = sample_module.sample_image(model, prefix, range(8), **options)
+    alone = sample_module.sample_image(model, prefix[:1], [3], **options)
+    torch.testing.assert_close(images[3:4], alone, atol=1e-4, rtol=0)
+    assert not torch.allclose(images[3], images[4], atol=1e-3), "each image has noise of its own"
+    monkeypatch.setattr(sample_module, "MAX_BATCH", 3)
+    cut = sample_module.sample_image(model, prefix, range(8), **options)
+    torch.testing.assert_close(cut, images, atol=1e-4, rtol=0)

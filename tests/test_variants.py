@@ -12,7 +12,7 @@ import recon_loss
 import train
 from model import ModelConfig
 from recon_loss import total_loss
-from sample import load_checkpoint
+from sample import Checkpoint
 from small import SIZES, B, T, TinyEncoder, V, random_images, small
 from variants import RUNS, SharpenedWords, subclass
 from words import BOS, PAD
@@ -195,8 +195,8 @@ def test_reca_with_a_raw_prefix_trains_its_projection(name, train_variant, tmp_p
     assert {key for key in names if key.startswith("raw_proj")} == expected
     assert not any(key.startswith("connector") for key in names)
     with pytest.raises(ValueError, match="experiments.py"):
-        load_checkpoint(tmp_path / "reca.pt")
-    load_checkpoint(tmp_path / "reca.pt", model_class=RUNS[name].model_class)
+        Checkpoint(tmp_path / "reca.pt")
+    Checkpoint(tmp_path / "reca.pt", model_class=RUNS[name].model_class)
 
 
 def test_reca_trains_the_connector_too(train_variant):

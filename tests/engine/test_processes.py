@@ -1,17 +1,14 @@
 """Several processes (torchrun): what they share, and what each draws by itself."""
 
+import shutil
+from unittest.mock import patch
+
 import pytest
 import torch
-from train_helpers import (
-    QUIET_HOOKS,
-    assert_close,
-    assert_same,
-    log_lines,
-    run,
-    torchrun,
-    weights,
-)
+from torch.distributed import HashStore
+from train_helpers import QUIET_HOOKS, assert_same, log_lines, run, torchrun, weights
 
+import engine
 from engine import find_states
 
 PRETRAIN = ["--stage", "pretrain", "--log_every", 1, "--warmup", 100, "--save_every", 4]
@@ -36,11 +33,12 @@ def test_each_process_draws_its_own_noise(two):
     assert not torch.equal(first, second)
 
 
-def test_losses_without_noise_are_those_of_one_process(tmp_path):
+@pytest.mark.parametrize("parts", [1, 2])
+def test_losses_without_noise_are_those_of_one_process(parts, tmp_path):
     """Where captions have one length: else a word weighs more in a process that has fewer."""
-    options = [*PRETRAIN, "--pretrain_steps", 50, "--paradigm", "ar"]
+    options = [*PRETRAIN, "--pretrain_steps", 50, "--paradigm", "ar", "--batch_size", 16]
     run(tmp_path / "one", *options, **QUIET_HOOKS)
-    torchrun(tmp_path / "two", *options, quiet=True)
+    torchrun(tmp_path / "two", *options, "--grad_accum_steps", parts, quiet=True)
     lines = zip(log_lines(tmp_path / "one"), log_lines(tmp_path / "two"), strict=True)
     for one, two in lines:
         assert abs(one["t2t"] - two["t2t"]) < 2e-5, (one, two)
@@ -58,21 +56,59 @@ def test_two_processes_resume_bit_exactly(two, tmp_path):
     assert_same(weights(out / "pretrain.pt"), weights(two / "pretrain.pt"))
 
 
-def test_sharded_weights_give_the_losses_and_files_of_whole_ones(two, tmp_path):
-    out = tmp_path / "sharded"
-    torchrun(out, *TEN, "--shard")
-    for whole, sharded in zip(log_lines(two), log_lines(out), strict=True):
-        assert abs(whole["t2i"] - sharded["t2i"]) < 1e-5, (whole, sharded)
-        assert abs(whole["grad_norm"] - sharded["grad_norm"]) < 1e-4, (whole, sharded)
-    assert_close(weights(two / "pretrain.pt"), weights(out / "pretrain.pt"), 1e-4)
+def test_one_process_goes_on_with_a_state_of_two(two, tmp_path):
+    """With other noise from there on."""
+    shutil.copytree(two, tmp_path / "out")
+    find_states(tmp_path / "out")[0].unlink()
+    run(tmp_path / "out", *TEN, "--resume")
+    lines = log_lines(tmp_path / "out")
+    assert lines[:8] == log_lines(two)[:8]
+    assert [line["step"] for line in lines] == list(range(1, 11))
+    assert lines[8:] != log_lines(two)[8:]
 
-    # the state does not show that it was sharded
-    find_states(out)[0].unlink()
-    torchrun(out, *TEN, "--resume", "--no-shard")
-    assert_close(weights(two / "pretrain.pt"), weights(out / "pretrain.pt"), 1e-4)
 
-    # nor how many processes there were; one draws other noise than two
-    find_states(out)[0].unlink()
-    run(out, *TEN, "--resume", "--no-shard")
-    assert log_lines(out)[:8] == log_lines(out)[:8]
-    assert [line["step"] for line in log_lines(out)] == list(range(1, 11))
+# ---------------------------------------------------------------- what is sent
+
+
+@pytest.fixture
+def alone_in_a_group(monkeypatch):
+    """A process group of one process that takes itself for one of two."""
+    torch.distributed.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+    monkeypatch.setattr(engine, "WORLD_SIZE", 2)
+    monkeypatch.setattr(torch.distributed, "all_gather", lambda tensors, x: None)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("parts", [1, 4])
+def test_gradients_are_reduced_once_a_step(parts, alone_in_a_group, tmp_path, monkeypatch):
+    real = engine.wrap_model
+    reduced = []
+
+    def wrap_and_count(*args):
+        module = real(*args)
+        module.register_comm_hook(None, count)
+        return module
+
+    def count(_, bucket):
+        reduced.append(bucket.is_last())
+        future = torch.futures.Future()
+        future.set_result(bucket.buffer())
+        return future
+
+    monkeypatch.setattr(engine, "wrap_model", wrap_and_count)
+    steps = ["--pretrain_steps", 3, "--grad_accum_steps", parts, "--batch_size", 16]
+    with patch.object(engine.TrainState, "save"):
+        run(tmp_path, *PRETRAIN, *steps)
+    assert sum(reduced) == 3
+
+
+def test_processes_ask_for_a_signal_every_few_steps(monkeypatch):
+    asked = []
+    monkeypatch.setattr(engine, "WORLD_SIZE", 2)
+    monkeypatch.setattr(engine, "all_reduce", lambda x, op: asked.append(op) or x)
+    interrupt = engine.Interrupt()
+    interrupt.asked = 15
+    stops = [step for step in range(1, 41) if interrupt.agreed(step)]
+    assert stops == [10, 20, 30, 40]
+    assert len(asked) == 4

@@ -86,7 +86,8 @@ shapes | unrecognized
 --dataset imagenet --data_dir {place} --encoder random | public weights
 --grad_accum_steps 3 | a multiple of 1 processes x --grad_accum_steps 3
 --batch_size 6 | 0.25 of it is a batch
---shard | several processes
+--shard | unrecognized
+--device mps | no MPS device
 --out_dir {place}/file/out | cannot be made
 
 --dataset imagenet | needs --data_dir
@@ -226,7 +227,7 @@ def test_help_says_what_a_preset_changes(capsys, monkeypatch):
     text = capsys.readouterr().out
     for name in Config.__dataclass_fields__:
         assert f"--{name} " in text or f"--{name}," in text
-    assert text.count("(default: ") == 45
+    assert text.count("(default: ") == 44
     presets = " ".join(text.partition("presets")[2].split())
     assert "--dataset imagenet, cifar10 or folder: --image_size 64 --patch_size 8" in presets
     assert "--smoke: --encoder_steps 60" in presets
@@ -241,6 +242,6 @@ def test_an_option_wins_over_a_preset_and_that_over_a_default():
 
 
 def test_bench_needs_no_batch_of_a_stage(tmp_path):
-    with patch.object(train.engine, "bench") as bench:
+    with patch.object(train, "bench") as bench:
         run(tmp_path, "--bench", "--batch_size", 1)
     assert bench.called

@@ -1,7 +1,7 @@
 """Killed at any moment, a run goes on bit-exactly from its newest good state.
 
 pytest tests/engine/test_resume.py
-PYTHONPATH=. python tests/engine/test_resume.py --kills 20    # SIGKILL at 20 random moments
+PYTHONPATH=.:tests python tests/engine/test_resume.py --kills 20    # SIGKILL at 20 random moments
 """
 
 import argparse
@@ -21,6 +21,12 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+
+import engine
+import evaluate
+import train
+from config import Config
+from engine import find_states
 from train_helpers import (
     ENCODERS,
     ROOT,
@@ -31,12 +37,6 @@ from train_helpers import (
     run,
     weights,
 )
-
-import engine
-import evaluate
-import train
-from config import Config
-from engine import find_states
 
 PRETRAIN = ["--stage", "pretrain"]
 
@@ -118,7 +118,7 @@ def kill_runs(kills: int, number: int, seed: int) -> dict:
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_killed_and_resumed_ends_bit_exactly(number):
     command = [sys.executable, __file__, "--kills", "4", "--signal", str(int(number))]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
 

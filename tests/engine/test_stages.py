@@ -23,7 +23,7 @@ import train
 from config import parse_config
 from encoder import ViT, scratch_config
 from model import ModelConfig, UnifiedModel
-from sample import load_checkpoint
+from sample import Checkpoint
 
 PRETRAIN = ["--stage", "pretrain"]
 
@@ -147,7 +147,7 @@ def test_another_class_of_model_starts_from_a_plain_checkpoint(base, tmp_path):
     saved = weights(tmp_path / "reca.pt")
     assert_same(weights(base / "pretrain.pt") | {"extra": torch.full((3,), 7.0)}, saved)
     with pytest.raises(ValueError, match="WiderModel"):
-        load_checkpoint(tmp_path / "reca.pt")
+        Checkpoint(tmp_path / "reca.pt")
 
 
 # ---------------------------------------------------------------- one step
@@ -216,32 +216,38 @@ def test_muon_takes_the_matrices_inside_and_adamw_the_rest(tmp_path):
     assert {"model.image_pos", "model.tokenizer.decoder.0.bias"} <= adamw
 
 
-def test_float16_scales_the_loss_and_skips_a_step_that_overflows(tmp_path, monkeypatch):
-    """In float32 products here, with a scaler that is on."""
+@pytest.mark.parametrize("overflow", ["inf", "nan"])
+def test_float16_scales_the_loss_and_skips_a_step_that_overflows(overflow, tmp_path, monkeypatch):
+    """In float32 products here, with a scaler that is on. One parameter of AdamW overflows."""
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
     no_autocast = torch.autocast("cpu", enabled=False)
     monkeypatch.setattr(engine.DeviceConfig, "scaler", lambda self: scaler)
     monkeypatch.setattr(engine.DeviceConfig, "autocast", lambda self: no_autocast)
     seen = []
 
+    before = {}
+
     class Overflowing(Squares):
         def forward(self, batch):
+            model = self.parts["model"]
             seen.append(self.w.detach().clone())
             loss, terms = super().forward(batch)
             # the second step's gradient is not finite, its loss is
             if len(seen) == 3:
-                self.w.register_hook(lambda gradient: gradient * float("inf"))
+                self.w.register_hook(lambda gradient: gradient * float(overflow))
+                before.update({name: p.detach().clone() for name, p in model.named_parameters()})
             return loss, terms
 
     options = [*PRETRAIN, "--pretrain_steps", 2, "--log_every", 1, "--dtype", "float16"]
     run(tmp_path, *options, loss_class=Overflowing)
     good, bad = log_lines(tmp_path)
-    _, before, moved = seen
-    after = weights(tmp_path / "pretrain.pt")["text_pos"]
+    _, first, moved = seen
+    after = weights(tmp_path / "pretrain.pt")
     assert 0 < good["grad_norm"] < 100, "unscaled before it is clipped"
-    assert not torch.equal(before, moved)
+    assert not torch.equal(first, moved)
     assert not torch.tensor(bad["grad_norm"]).isfinite()
-    assert torch.equal(moved, after)
+    assert torch.equal(moved, after["text_pos"])
+    assert_same(before, after)  # Muon's parameters neither
     assert scaler.get_scale() == 2.0**7
 
 
@@ -291,7 +297,7 @@ def test_ema_is_the_average_of_its_equation(tmp_path):
     queries = "connector.queries"
     assert torch.equal(saved["ema"][queries], saved["model"][queries])
     # the average samples, and the next stage starts from it
-    sampled = load_checkpoint(tmp_path / "pretrain.pt").model
+    sampled = Checkpoint(tmp_path / "pretrain.pt").model
     assert torch.equal(sampled.wte.weight, saved["ema"]["wte.weight"])
     second = make_state(tmp_path)
     second.load_checkpoint(tmp_path / "pretrain.pt", "pretrain")
@@ -346,7 +352,7 @@ def test_flops_and_tokens_are_those_of_the_products(tmp_path):
     B, T, D, N, P = 8, state.model.cfg.text_len, 16, 9, 192
     R = state.cfg.repeats_per_image
     batch = {"image": torch.rand(B, 3, 24, 24), "caption": torch.ones(B, T, dtype=torch.long)}
-    flops, tokens = engine.count_flops(module, {"main": batch}, state.device_config, 1)
+    flops, tokens = engine.count_flops(module, {"main": batch}, state.device_config)
     S = T + R * N
     assert tokens == B * S
     blocks = B * S * (4 + 8) * D * D
@@ -396,12 +402,16 @@ def test_without_a_compiler_training_goes_on(tmp_path, capsys, monkeypatch):
 def test_bench_measures_each_way(compiler, option, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(engine, "can_compile", lambda device: compiler)
     run(tmp_path, "--bench", "--compile", option)
-    rows = json.loads((tmp_path / "bench.json").read_text())["rows"]
-    assert json.loads(capsys.readouterr().out)["rows"] == rows
-    ways = [(row["dtype"], row["compiled"]) for row in rows]
-    assert ways == [("float32", False), ("bfloat16", False)]
+    result = json.loads((tmp_path / "bench.json").read_text())
+    rows = result["rows"]
+    assert not list(tmp_path.glob("**/*.pt")), "nothing is saved"
+    assert result["settings"]["batch_size"] == 8
+    assert "img/s" in capsys.readouterr().out
+    ways = [(row["dtype"], row["compile"]) for row in rows]
+    assert ways == [("float32", "off"), ("bfloat16", "off")]
     for row in rows:
-        assert row["steps_per_second"] > 0
+        assert row["images_per_second"] > 0
+        assert row["teraflops_per_second"] > 0
         assert row["gigabytes"] > 0
         assert row["mfu"] is None
 
