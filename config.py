@@ -186,8 +186,7 @@ def validate(cfg: Config) -> None:
         require(cfg.encoder not in ("scratch", "random"), "encoder", what)
         require(cfg.text_len >= 3, "text_len", "at least 3")
     if cfg.device in ("cuda", "mps") and not getattr(torch, cfg.device).is_available():
-        name = cfg.device.upper()
-        exit_with_error(f"--device {cfg.device}: torch finds no {name} device on this machine")
+        exit_with_error(f"--device {cfg.device}: torch finds no {cfg.device.upper()} device here")
     if cfg.device == "mps" and WORLD_SIZE > 1:
         exit_with_error("--device mps is one GPU: several processes train with --device cpu")
     if cfg.cache_features and not hasattr(os, "pread"):

@@ -176,10 +176,8 @@ def make_dataset(
 def batch_indices(size, batch_size, seed, start=0, rank=0, world_size=1) -> Iterator[list]:
     """Batches of (epoch, index) without end: one seeded permutation an epoch.
 
-    start: the number of batches already used, so that a resumed run continues with the very next
-    one. Each of world_size processes gets its share of every batch.
+    start: the number of batches used before a resume. Each process gets its share of every batch.
     """
-    assert size >= 1, "the data set is empty"
     assert batch_size % world_size == 0, f"{batch_size=} cannot be shared by {world_size=}"
     share = batch_size // world_size
     epoch = -1

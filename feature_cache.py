@@ -5,8 +5,6 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Iterator
-from itertools import chain
 
 import torch
 from torch.utils.data import BatchSampler, Dataset
@@ -14,6 +12,7 @@ from tqdm import tqdm
 
 from data import make_loader
 from folders import default_cache_dir
+from pretrained import encoder_hash
 
 BLOCK = 128  # images that are encoded, and marked as done, at once
 SAME_FEATURES = 0.2  # relative error. CLIP: rounding to bfloat16 0.08, another resizing 0.5
@@ -37,12 +36,9 @@ class CachedFeatures(Dataset):
         return self.dataset.__getitems__(keys) | {"features": features}
 
 
-def encoder_fingerprint(encoder: torch.nn.Module, size: int, dtype: torch.dtype) -> Iterator[bytes]:
-    """What features depend on besides the images, in pieces: encoder and weights, size, dtype."""
-    yield repr((encoder.cfg, size, dtype)).encode()
-    for name, tensor in encoder.state_dict().items():
-        yield repr((name, tensor.dtype, tensor.shape)).encode()
-        yield tensor.cpu().reshape(-1).view(torch.uint8).numpy()
+def encoder_fingerprint(encoder: torch.nn.Module, size: int, dtype: torch.dtype) -> str:
+    """What features depend on besides the images: encoder and weights, input size, dtype."""
+    return f"{encoder_hash(encoder)} {size} {dtype}"
 
 
 def cache_features(dataset, encode, fingerprint, cache_dir="", workers=0, rank=0, world_size=1):
@@ -56,8 +52,8 @@ def cache_features(dataset, encode, fingerprint, cache_dir="", workers=0, rank=0
     blocks = list(BatchSampler([(0, i) for i in range(len(dataset))], BLOCK, drop_last=False))
     expected = encode(dataset.__getitems__(blocks[0][:8])["image"]).cpu().float()
     shape = (len(dataset), *expected.shape[1:])  # (images, N, D_enc)
-    name = hashlib.sha256(repr(shape).encode())
-    for piece in chain(fingerprint, dataset.fingerprint()):
+    name = hashlib.sha256(f"{fingerprint} {shape}".encode())
+    for piece in dataset.fingerprint():
         name.update(hashlib.sha256(piece).digest())
     folder = default_cache_dir(cache_dir)
     os.makedirs(folder, exist_ok=True)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 PAGE_WIDTH = 880  # at which GitHub shows a README's pictures
 MIN_TEXT = 12
@@ -39,10 +39,8 @@ def image_grid(
     correct          [row][group][image]: a tick below it, or a cross; an empty group: neither
     """
     rows = [[row] if isinstance(row, torch.Tensor) else row for row in rows]
-    height, width = rows[0][0].shape[-2:]
-    scale = scale or max(1, round(96 / width))
-    height *= scale
-    width *= scale
+    scale = scale or max(1, round(96 / rows[0][0].shape[-1]))
+    height, width = (scale * side for side in rows[0][0].shape[-2:])
     step = width + GAP
     lefts = [MARGIN]  # of the groups, and where the last one ends
     for group in rows[0]:
@@ -83,10 +81,8 @@ def image_grid(
             for i, image in enumerate(pixels.byte().permute(0, 2, 3, 1).numpy()):
                 x = lefts[g] + i * step
                 large = Image.fromarray(image).resize((width, height), Image.Resampling.NEAREST)
-                canvas.paste(large, (x, y))
-                if framed and framed[r] == i:
-                    corners = (x - 3, y - 3, x + width + 2, y + height + 2)
-                    draw.rectangle(corners, outline="black", width=3)
+                border = 3 if framed and framed[r] == i else 0
+                canvas.paste(ImageOps.expand(large, border), (x - border, y - border))
                 if correct and correct[r][g]:
                     points, color = TICK if correct[r][g][i] else CROSS
                     draw.line([(x + dx, below + dy) for dx, dy in points], fill=color, width=2)
@@ -129,8 +125,8 @@ class Svg:
         place = f'x="{x}" y="{y}" text-anchor="{anchor}" font-size="{size}"'
         self.parts.append(f"<text {place}>{escape(text)}</text>")
 
-    def line(self, xs, ys, color=LIGHT, width=1) -> None:
-        path = " ".join(f"{x},{y}" for x, y in zip(xs, ys, strict=True))
+    def line(self, points, color=LIGHT, width=1) -> None:
+        path = " ".join(f"{x},{y}" for x, y in points)
         style = f'fill="none" stroke="{color}" stroke-width="{width}"'
         self.parts.append(f'<polyline points="{path}" {style}/>')
 
@@ -142,7 +138,7 @@ class Svg:
         """A line across for each tick of y, a power of ten if `log`; a legend below the title."""
         for tick in y.ticks():
             height = y.at(tick)
-            self.line([60, PAGE_WIDTH - 16], [height, height])
+            self.line([(60, height), (PAGE_WIDTH - 16, height)])
             self.text(54, height + 4, f"{10**tick if log else tick:.2g}", "end")
         left = 60
         for name, color in zip(names, PALETTE, strict=False):
@@ -170,7 +166,8 @@ def bars(categories: list[str], series: dict, path, title: str, note: str = "") 
             svg.rect(x, top, width - 2, 330 - top, color)
             if half:
                 center = x + width / 2 - 1
-                svg.line([center, center], [y.at(share - half), y.at(share + half)], "black", 1.5)
+                ends = [(center, y.at(share - half)), (center, y.at(share + half))]
+                svg.line(ends, "black", 1.5)
             x += width
     svg.save(path)
 
@@ -187,7 +184,7 @@ def forest(panels: list[str], rows: dict, path, title: str, note: str = "") -> N
         svg.text(x.at(0), 58, panel)
         for tick in x.ticks():
             place = x.at(tick)
-            svg.line([place, place], [66, bottom], LIGHT if tick else GREY)
+            svg.line([(place, 66), (place, bottom)], LIGHT if tick else GREY)
             svg.text(place, bottom + 14, f"{tick:g}")
         for r, (name, row) in enumerate(rows.items()):
             value, half = row[p]
@@ -195,7 +192,7 @@ def forest(panels: list[str], rows: dict, path, title: str, note: str = "") -> N
             if p == 0:
                 svg.text(16, y + 4, name, "start")
             color = PALETTE[2] if half < abs(value) else GREY
-            svg.line([x.at(value - half), x.at(value + half)], [y, y], color, 2)
+            svg.line([(x.at(value - half), y), (x.at(value + half), y)], color, 2)
             svg.rect(x.at(value) - 3, y - 3, 6, 6, color)
     svg.save(path)
 
@@ -218,7 +215,6 @@ def curves(series: dict, path, title: str = "", x_label: str = "", y_label: str 
     svg.text(470, 374, x_label)
     svg.text(16, 62, y_label, "start")
     for row, color in zip(series.values(), PALETTE, strict=False):
-        finite = [(a, b) for a, b in row if math.isfinite(b)]
-        heights = [y.at(scale(b)) for _, b in finite]
-        svg.line([x.at(a) for a, _ in finite], heights, color, 2)
+        finite = [(x.at(a), y.at(scale(b))) for a, b in row if math.isfinite(b)]
+        svg.line(finite, color, 2)
     svg.save(path)

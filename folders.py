@@ -167,13 +167,14 @@ def pair_with_captions(root: str, paths: list[str], name: str, data_dir: str):
         looked = f"looked for {' '.join(sorted(SUFFIXES))}"
         raise ValueError(f"no images below {root} ({looked}); {describe_content(root)}")
     if captions and captions.keys().isdisjoint(files):
+        found = f"names no image that is there (it names {min(captions)!r})"
         hint = "`file_name` is relative to the metadata's folder"
-        raise ValueError(f"no image below {root} is named in its metadata ({min(captions)}): {hint}")
+        raise ValueError(f"the metadata below {root} {found}: {hint}")
     names = {}
     if name == "imagenet":
-        for file in files:
-            if os.sep not in file:
-                raise ValueError(f"{root} has images in no class folders, such as {file}: {LAYOUT}")
+        flat = [file for file in files if os.sep not in file]
+        if flat:
+            raise ValueError(f"{root} has images in no class folders, such as {flat[0]}: {LAYOUT}")
         folders = [file.split(os.sep, 1)[0] for file in files]
         names = class_names(data_dir, sorted(set(folders)))
     else:
@@ -209,8 +210,7 @@ def find_root(name: str, split: str, data_dir: str) -> str:
     """The folder of a split: train/ or val/ in data_dir, else data_dir itself."""
     if not os.path.isdir(data_dir):
         what = "a file, not a folder" if os.path.exists(data_dir) else "no such folder"
-        need = "needs --data_dir, the folder of its images"
-        raise ValueError(f"--dataset {name} {need}; {data_dir!r} is {what}")
+        raise ValueError(f"--dataset {name} needs --data_dir, a folder: {data_dir!r} is {what}")
     train, val = (os.path.join(data_dir, part) for part in ("train", "val"))
     if name == "folder" and not (os.path.isdir(train) and os.path.isdir(val)):
         return data_dir

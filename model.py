@@ -11,9 +11,8 @@ over the vocabulary, and the transformer reads the expected word embedding, soft
 (AlignVLM, arXiv 2502.01341). One-hot visual words ARE a caption: so text to image and
 reconstruction are one loss with two prefixes.
 
-The prefix is causal and never attends to the image, so its keys and values are computed once and
-reused by every sampling step. How the image itself is generated is one of the paradigms of
-paradigms.py; only the image positions know which.
+The prefix is causal and never attends to the image, so every sampling step reuses its keys and
+values. How the image is generated is up to the paradigm (paradigms.py); all else is shared.
 
 # B batch, T prefix length, K = T - 1 visual words, N image positions, R repeats of an image,
 # S any sequence, D width, H heads, V words, C codes
@@ -65,7 +64,8 @@ class ModelConfig:
     def image_len(self) -> int:
         """N, the number of image positions."""
         uses_codes = PARADIGMS[self.paradigm].uses_tokenizer
-        return (self.image_size // (self.code_stride if uses_codes else self.patch_size)) ** 2
+        stride = self.code_stride if uses_codes else self.patch_size
+        return (self.image_size // stride) ** 2
 
     @property
     def codes(self) -> int:
@@ -83,10 +83,7 @@ class KVCache:
         self.prefix_length = 0  # of them in the prefix
 
     def extend(self, layer: int, k, v):
-        """What is cached, followed by k, v (B, H, S, D / H).
-
-        The new ones are kept only once `length` is moved on: flow, mask and mar overwrite them.
-        """
+        """What is cached, then k, v (B, H, S, D / H), which stay only if `length` is moved on."""
         end = self.length + k.shape[2]
         keys, values = self.kv[layer]
         keys[:, :, self.length : end] = k
@@ -106,10 +103,9 @@ class Attention(nn.Module):
 
     def forward(self, x, context=None, mask=None, cache: KVCache | None = None, layer: int = 0):
         """x (B, S, D), context (B, any, D_context), mask (S, S): True where a row attends."""
-        source = x if context is None else context
         q = rearrange(self.q_proj(x), "b s (h d) -> b h s d", h=self.heads)
-        kv = rearrange(self.kv_proj(source), "b s (two h d) -> two b h s d", two=2, h=self.heads)
-        k, v = kv
+        kv = self.kv_proj(x if context is None else context)  # (B, any, 2 D)
+        k, v = rearrange(kv, "b s (two h d) -> two b h s d", two=2, h=self.heads)
         if cache is not None:
             k, v = cache.extend(layer, k, v)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # (B, H, S, D / H)
@@ -144,10 +140,8 @@ class Connector(nn.Module):
         super().__init__()
         self.queries = nn.Parameter(torch.empty(cfg.text_len - 1, cfg.width))
         self.norm_in = LayerNorm(cfg.encoder_width)
-        blocks = [
-            Block(cfg.width, cfg.heads, cfg.encoder_width) for _ in range(cfg.connector_depth)
-        ]
-        self.blocks = nn.ModuleList(blocks)
+        sizes = (cfg.width, cfg.heads, cfg.encoder_width)
+        self.blocks = nn.ModuleList(Block(*sizes) for _ in range(cfg.connector_depth))
         self.norm = LayerNorm(cfg.width)
         self.word_head = Linear(cfg.width, cfg.vocab_size)
 
@@ -172,7 +166,7 @@ class UnifiedModel(nn.Module):
         super().__init__()
         assert cfg.paradigm in PARADIGMS, f"{cfg.paradigm=} is not one of {', '.join(PARADIGMS)}"
         assert cfg.image_size % cfg.patch_size == 0, (
-            f"{cfg.patch_size=} divides no {cfg.image_size=}"
+            f"{cfg.image_size=} must be a multiple of {cfg.patch_size=}"
         )
         assert cfg.width % cfg.heads == 0, f"{cfg.width=} must be a multiple of {cfg.heads=}"
         self.cfg = cfg
@@ -181,9 +175,7 @@ class UnifiedModel(nn.Module):
         num_tokens = cfg.vocab_size
         if self.paradigm.uses_tokenizer:
             # trained first, then frozen; its codes and [MASK] come after the words
-            self.tokenizer = Tokenizer(
-                cfg.image_size, cfg.code_stride, cfg.code_levels, cfg.code_width
-            )
+            self.tokenizer = Tokenizer(cfg)
             num_tokens += cfg.codes + 1
         self.wte = nn.Embedding(num_tokens, cfg.width)
         # text positions: a prefix, and the words that answer it; image positions: rows and columns
@@ -224,7 +216,6 @@ class UnifiedModel(nn.Module):
         return self.wte.weight.device
 
     # ------------------------------------------------ prefixes
-
     def text_prefix(self, ids):
         """Words (B, T) -> prefix (B, T, D)."""
         return self.wte(ids)
@@ -260,7 +251,6 @@ class UnifiedModel(nn.Module):
         return rearrange(rows[:, None] + columns, "h w d -> (h w) d")
 
     # ------------------------------------------------ the transformer
-
     def transformer(self, x, mask=None, cache=None):
         """Embedded positions (B, S, D) -> hidden states (B, S, D). mask: see Attention."""
         for layer, block in enumerate(self.blocks):
@@ -281,9 +271,8 @@ class UnifiedModel(nn.Module):
     def predict_image(self, prefix, *inputs):
         """What the image positions predict after a prefix (B, T, D), given what they hold.
 
-        inputs: those of the paradigm's `embed`, (B * R, ...): R repeats of an image share its
-        prefix, which costs more than they do, and do not attend to each other. Returns what the
-        paradigm's `head` returns, (B * R, N, ...).
+        inputs: those of the paradigm's `embed`, (B R, ...). The R repeats of an image share its
+        prefix and do not attend to each other. Returns the paradigm's `head`, (B R, N, ...).
         """
         T, N = prefix.shape[1], self.cfg.image_len
         image = self.paradigm.embed(self, *inputs) + self.image_position_embedding()  # (B R, N, D)
@@ -295,7 +284,6 @@ class UnifiedModel(nn.Module):
         return self.paradigm.head(self, rearrange(h, "b (r n) d -> (b r) n d", r=repeats))
 
     # ------------------------------------------------ the same with the prefix read once
-
     def prefill(self, prefix, max_new_tokens: int) -> KVCache:
         """Keys and values of a prefix (B, T, D), with room for that many more positions."""
         B, T, _ = prefix.shape
@@ -316,7 +304,7 @@ class UnifiedModel(nn.Module):
         start = cache.length - cache.prefix_length
         positions = self.image_position_embedding()[start : start + x.shape[1]]
         h = self.transformer(x + positions, cache=cache)
-        if self.paradigm.causal:
+        if self.paradigm.causal:  # the others read the whole image anew in the next step
             cache.length += x.shape[1]
         return self.paradigm.head(self, h)
 

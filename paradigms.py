@@ -175,10 +175,7 @@ class Autoregressive(MaskedCodes):
 
 
 class MaskedAutoregressive(nn.Module):
-    """mar: each position holds its clean patch or [MASK]; a small MLP draws it from its state.
-
-    arXiv 2406.11838, with a flow in place of diffusion.
-    """
+    """mar: each position holds its patch or [MASK]; a flow MLP draws it (MAR, arXiv 2406.11838)."""
 
     causal = False
     uses_tokenizer = False
@@ -199,13 +196,12 @@ class MaskedAutoregressive(nn.Module):
     def loss(self, model, prefix, images):
         """E |v_pred - v|^2 of each masked patch by itself, given the transformer's state there.
 
-        arXiv 2406.11838, eq. 1, as a flow. The masked share is uniform: there it is at least 0.7,
-        but of nine patches that leaves two visible, and sampling passes through all shares. Each
-        state serves MLP_REPEATS times: noise is cheap. (B, T, D), (B, 3, H, W) -> scalar.
+        arXiv 2406.11838, eq. 1, with a flow in place of diffusion. The paper masks at least 0.7 of
+        the patches; of nine that leaves two visible, and sampling passes through all shares, so
+        here the share is uniform. (B, T, D), (B, 3, H, W) in [0, 1] -> scalar.
         """
         x = patchify(images, model.cfg.patch_size)  # (B, N, P)
-        ratio = torch.rand(len(x), 1, device=x.device)
-        masked = random_mask(x.shape[1], ratio)  # (B, N)
+        masked = random_mask(x.shape[1], ratio=torch.rand(len(x), 1, device=x.device))  # (B, N)
         h = model.predict_image(prefix, x, masked)  # (B, N, D)
         x, h, masked = (y.repeat_interleave(MLP_REPEATS, 0) for y in (x, h, masked))
         x_t, t = add_noise(x, sample_times(len(x), x.shape[1], x.device), model.cfg.noise_scale)
@@ -213,10 +209,7 @@ class MaskedAutoregressive(nn.Module):
         return masked_mean(masked, velocity_squared_error(x_pred, x, t).mean(-1))
 
     def sample(self, model, prefix, sampling, noise):
-        """Groups of patches in a random order, each patch drawn by the flow MLP (section 3.4).
-
-        (B, T, D) -> (B, 3, H, W).
-        """
+        """Patches in random groups, by the flow MLP (section 3.4): (B, T, D) -> (B, 3, H, W)."""
         predict = prefill_guided(model, prefix, sampling)
         copies = 1 if sampling.cfg_scale == 1 else 2  # states with the condition, and without
         std = model.cfg.noise_scale * sampling.temperature
@@ -247,8 +240,6 @@ PARADIGMS = {"flow": Flow, "ar": Autoregressive, "mask": MaskedCodes, "mar": Mas
 
 
 # ---------------------------------------------------------------- the parts they are made of
-
-
 class TimeEmbedding(nn.Module):
     """t in [0, 1], of any shape -> (..., D): sines and cosines, then an MLP (arXiv 2212.09748)."""
 
@@ -328,8 +319,6 @@ def random_mask(N: int, ratio):
 
 
 # ---------------------------------------------------------------- flow: training and sampling
-
-
 def interpolate(image, noise, t):
     """x_t = t * image + (1 - t) * noise: the path of rectified flow (arXiv 2209.03003, eq. 1)."""
     return t * image + (1 - t) * noise
@@ -346,8 +335,7 @@ def velocity_squared_error(x_pred, x, t):
 def sample_times(B: int, per_image: int, device):
     """Logit-normal times (B, per_image, 1) in (0, 1) (arXiv 2403.03206, section 3.1).
 
-    Over the batch one of each of B equal strata, which lowers the gradient's variance (as
-    arXiv 2107.00630, appendix I.1).
+    One from each of B equal strata, for less variance (as arXiv 2107.00630, appendix I.1).
     """
     u = torch.rand(B, per_image, 1, device=device)
     u = (u.argsort(0) + torch.rand_like(u)) / B
@@ -380,9 +368,7 @@ def euler_sample(predict, draw_noise, steps: int, eta: float):
     return x_t
 
 
-# ---------------------------------------------------------------- guidance, codes, masks
-
-
+# ---------------------------------------------------------------- guidance, codes, noise
 def null_prefix(model):
     """The empty condition (1, T, D): <bos> <eos> <pad> ..."""
     ids = [BOS, EOS] + [PAD] * (model.cfg.text_len - 2)
@@ -392,8 +378,7 @@ def null_prefix(model):
 def prefill_guided(model, prefix, sampling):
     """Reads the prefixes (B, T, D) once, and for guidance the empty condition behind them.
 
-    Returns predict(*inputs) = model.predict_image_cached, for 2 B inputs with guidance. It draws a
-    progress bar where sampling takes long.
+    Returns predict(*inputs): `predict_image_cached` and a progress bar, of 2 B rows with guidance.
     """
     if sampling.cfg_scale != 1:
         prefix = torch.cat([prefix, null_prefix(model).expand_as(prefix)])  # (2 B, T, D)
@@ -425,11 +410,9 @@ def mask_schedule(N: int, steps: int):
     Each pass decides at least one position, the last all that are left (arXiv 2202.04200).
     """
     num_masked = N
-    step = 0
-    while num_masked > 0:
-        step += 1
+    for step in range(1, min(N, steps) + 1):
         planned = int(N * math.cos(math.pi / 2 * step / steps))
-        num_masked = max(0, min(num_masked - 1, planned))
+        num_masked = min(num_masked - 1, planned)
         yield num_masked
 
 

@@ -20,8 +20,6 @@ import torch.nn.functional as F
 from paradigms import masked_mean, null_prefix
 from words import IGNORE_INDEX, PAD
 
-# ---------------------------------------------------------------- image losses
-
 
 def recon_loss(model, encoder, images, features=None):
     """RecA: -log p(image | what the understanding encoder sees of it). arXiv 2509.07295.
@@ -44,8 +42,7 @@ def t2i_loss(model, caption, images):
 def image_loss(model, prefix, images):
     """The loss of the model's paradigm behind a prefix (B, T, D), with some conditions dropped.
 
-    images (B, 3, H, W) in [0, 1] -> scalar. Where there is noise or a mask, each image gets several
-    (repeats_per_image) behind its one prefix.
+    images (B, 3, H, W) in [0, 1] -> scalar. Each gets `repeats_per_image` noises or masks, if any.
     """
     prefix = drop_prefix(model, prefix, model.cond_drop)
     if not model.paradigm.causal:
@@ -60,9 +57,6 @@ def drop_prefix(model, prefix, p: float):
     """
     keep = torch.rand(len(prefix), 1, 1, device=prefix.device) >= p
     return torch.where(keep, prefix, null_prefix(model).to(prefix.dtype))
-
-
-# ---------------------------------------------------------------- text losses
 
 
 def text_loss(model, prefix, target):
@@ -111,9 +105,6 @@ def contrastive_loss(image, text, log_scale, bias):
     return -F.logsigmoid(y * (cosine * log_scale.exp() + bias)).sum(1).mean()
 
 
-# ---------------------------------------------------------------- all of a stage
-
-
 def total_loss(model, encoder, batch, weights, text_decoder=None):
     """The weighted sum of the terms, and each term by itself: (scalar, {term: scalar}).
 
@@ -129,8 +120,7 @@ def total_loss(model, encoder, batch, weights, text_decoder=None):
     if "recon" in weights:
         terms["recon"] = recon_loss(model, encoder, main["image"], main.get("features"))
     if "replay" in weights:
-        replay = batch["replay"]
-        terms["replay"] = t2i_loss(model, replay["caption"], replay["image"])
+        terms["replay"] = t2i_loss(model, batch["replay"]["caption"], batch["replay"]["image"])
 
     # understanding: a trained encoder is frozen, one from scratch learns to caption and to contrast
     if "caption" in weights or "contrast" in weights:

@@ -32,8 +32,6 @@ MAX_BATCH = 128  # images sampled at a time
 
 
 # ---------------------------------------------------------------- what a checkpoint can do
-
-
 @torch.no_grad()
 def sample_image(model, prefix, seeds=None, **options):
     """Prefixes (B, T, D) -> images (B, 3, H, W) in [0, 1], at most MAX_BATCH at a time.
@@ -59,17 +57,16 @@ def sample_image(model, prefix, seeds=None, **options):
 
 @torch.no_grad()
 def sample_words(model, prefix):
-    """The likeliest words after a prefix: (B, T, D) -> ids (B, up to T - 1), greedily.
-
-    What follows a row's first <eos> has no meaning.
-    """
+    """The likeliest words after a prefix, greedily: (B, T, D) -> words <eos> <pad> (B, up to K)."""
     # the prefix's last word is what the first pass reads
     cache = model.prefill(prefix[:, :-1], max_new_tokens=model.cfg.text_len)
     x = prefix[:, -1:]
     ids = torch.empty(len(prefix), 0, dtype=torch.long, device=prefix.device)
-    while ids.shape[1] < model.cfg.text_len - 1 and not ids.eq(EOS).any(1).all():
-        new = model.decode_step(cache, x).argmax(-1)  # (B, 1)
+    ended = torch.zeros(len(prefix), 1, dtype=torch.bool, device=prefix.device)
+    while ids.shape[1] < model.cfg.text_len - 1 and not ended.all():
+        new = model.decode_step(cache, x).argmax(-1).masked_fill(ended, PAD)  # (B, 1)
         ids = torch.cat([ids, new], 1)
+        ended = ended | (new == EOS)
         x = model.wte(new)
     return ids
 
@@ -82,10 +79,7 @@ def encode_in_chunks(model, encoder, images):
 
 
 def text_to_image(model, vocabulary, prompts, **options):
-    """One image for each prompt: (B, 3, H, W) in [0, 1].
-
-    Raises ValueError for an unknown word or a prompt that is too long.
-    """
+    """B prompts -> images (B, 3, H, W) in [0, 1]; raises ValueError as `Vocabulary.encode` does."""
     ids = [vocabulary.encode(prompt, model.cfg.text_len, strict=True) for prompt in prompts]
     prefix = model.text_prefix(torch.tensor(ids, device=model.device))
     return sample_image(model, prefix, **options)
@@ -109,9 +103,6 @@ def edit(model, encoder, vocabulary, images, instructions, think=True, **options
     prefix = model.visual_prefix(append_instruction(words, vocabulary, instructions))
     if think:
         ids = F.pad(sample_words(model, prefix), (1, 0), value=BOS)
-        # what follows the first <eos> has no meaning
-        is_eos = ids == EOS
-        ids = ids.masked_fill(is_eos.cumsum(1) > is_eos, PAD)
         ids = F.pad(ids, (0, model.cfg.text_len - ids.shape[1]), value=PAD)  # (B, T)
         prefix = model.text_prefix(ids)
     return sample_image(model, prefix, **options)
@@ -135,20 +126,15 @@ def append_instruction(words, vocabulary, instructions):
     words = words.clone()
     K, V = words.shape[1:]
     for row, instruction in zip(words, instructions, strict=True):
-        ids = vocabulary.encode(instruction, K + 1, strict=True)
-        ids = [i for i in ids if i not in (BOS, PAD)]
+        ids = vocabulary.encode(instruction, K + 1, strict=True)[1:]  # words <eos> <pad> ...
         first_eos = [*row.argmax(-1).tolist(), EOS].index(EOS)
-        start = min(first_eos, K - len(ids))
-        padding = [PAD] * (K - start - len(ids))
-        row[start:] = F.one_hot(torch.tensor(ids + padding), V).to(row)
+        start = min(first_eos, ids.count(PAD))
+        row[start:] = F.one_hot(torch.tensor(ids[: K - start]), V).to(row)
     return words
 
 
 def format_visual_words(words, vocabulary, threshold=0.9):
-    """One image's visual words (K, V) as a line up to <eos>: `a yellow star(64%) <eos>`.
-
-    A word is followed by its probability where that is below the threshold.
-    """
+    """Visual words (K, V) up to <eos>, below the threshold with their probability: `star(64%)`."""
     probabilities, ids = words.max(-1)
     line = []
     for p, i in zip(probabilities.tolist(), ids.tolist(), strict=True):
@@ -159,8 +145,6 @@ def format_visual_words(words, vocabulary, threshold=0.9):
 
 
 # ---------------------------------------------------------------- checkpoints
-
-
 def read_checkpoint(path) -> dict:
     """The dictionary that train.py saved: plain types and tensors, so that no code runs when read.
 
@@ -172,9 +156,8 @@ def read_checkpoint(path) -> dict:
         saved = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file raises nearly anything
         reason = (str(error).splitlines() or ["empty"])[0][:60]
-        raise ValueError(
-            f"the checkpoint {path} is damaged or not of train.py ({reason})"
-        ) from None
+        text = f"the checkpoint {path} is damaged or not of train.py ({reason})"
+        raise ValueError(text) from None
     found = saved.get("format") if isinstance(saved, dict) else None
     if found != FORMAT:
         formats = f"has format {found}, this code reads format {FORMAT}"
@@ -212,23 +195,16 @@ class Checkpoint:
         saved = self.saved_encoder
         if saved["state"] is None:
             encoder = load_encoder(saved["name"])
-            check_encoder_hash(encoder, saved, self.path)
+            if encoder_hash(encoder) != saved["hash"]:
+                told = f"{saved['name']} is not the encoder that {self.path} was trained with"
+                raise ValueError(f"{told}: give the right one with --encoder NAME_OR_PATH")
         else:
             encoder = ViT(ViTConfig(**saved["config"]))
             encoder.load_state_dict(saved["state"])
         return encoder.to(self.device).eval().requires_grad_(False)
 
 
-def check_encoder_hash(encoder, saved: dict, path) -> None:
-    """Raises ValueError unless these are the weights that a checkpoint was trained with."""
-    if encoder_hash(encoder) != saved["hash"]:
-        told = "its weights differ; give the right one with --encoder NAME_OR_PATH"
-        raise ValueError(f"{saved['name']} is not the encoder that {path} was trained with: {told}")
-
-
 # ---------------------------------------------------------------- the command line
-
-
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise ValueError(f"{message} (python sample.py --help lists the options)")
@@ -250,9 +226,7 @@ def parse_args(argv):
         add(f"--{field.name}", type=field.type, help="see class Sampling (the paradigm's default)")
     add("--out", default="grid.png", help="where the picture goes (grid.png)")
     add("--seed", type=int, default=0, help="of the first image's noise, the next has seed + 1 (0)")
-    add(
-        "--encoder", default="", help="the understanding encoder, if no longer where it was trained"
-    )
+    add("--encoder", default="", help="the public encoder, if it is elsewhere than in training")
     add("--device", choices=devices, default=devices[0], help=f"({devices[0]})")
     args = parser.parse_args(argv)
 
@@ -281,27 +255,29 @@ def run(args):
         visual_words = encode_in_chunks(model, loaded.encoder, images)
         lines = [format_visual_words(words, vocabulary) for words in visual_words]
         repeated = images.repeat_interleave(args.n, 0)
-        options["seeds"] = seeds * len(paths)
+        seeds *= len(paths)
 
     if args.caption:
         sentences = caption_images(model, loaded.encoder, vocabulary, images)
         for path, line, sentence in zip(paths, lines, sentences, strict=True):
             print(f"{path}: {sentence}\n    visual words: {line}")
         return
-    if not paths:
-        prompts = [args.prompt] * args.n
-        sampled = text_to_image(model, vocabulary, prompts, seeds=seeds, **options)
-        image_grid(sampled.split(8), [args.prompt]).save(args.out)
+    options["seeds"] = seeds
+    if args.edit:
+        instructions = [args.prompt] * len(repeated)
+        sampled = edit(model, loaded.encoder, vocabulary, repeated, instructions, **options)
+    elif args.reconstruct:
+        sampled = reconstruct(model, loaded.encoder, repeated, **options)
     else:
-        if args.edit:
-            instructions = [args.prompt] * len(repeated)
-            sampled = edit(model, loaded.encoder, vocabulary, repeated, instructions, **options)
-        else:
-            sampled = reconstruct(model, loaded.encoder, repeated, **options)
-        rows = [
-            [image[None], row] for image, row in zip(images, sampled.split(args.n), strict=True)
-        ]
-        image_grid(rows, lines, ["image", args.prompt or "from its visual words"]).save(args.out)
+        sampled = text_to_image(model, vocabulary, [args.prompt] * args.n, **options)
+
+    if paths:
+        rows = list(zip(images[:, None], sampled.split(args.n), strict=True))
+        columns = ["image", args.prompt or "from its visual words"]
+        grid = image_grid(rows, lines, columns)
+    else:
+        grid = image_grid(sampled.split(8), [args.prompt])
+    grid.save(args.out)
     print(f"{len(sampled)} images in {args.out}: seeds {seeds[0]} to {seeds[-1]} in reading order")
     print("one of them alone: --n 1 --seed ITS_SEED")
 

@@ -117,8 +117,6 @@ def random_edit(rng: random.Random, kind: str) -> tuple[Scene, str, Scene]:
 
 
 # --------------------------------------------------------------------------- Captions, and back
-
-
 def describe(scene: Scene, rng=None, color=1.0, relations=1.0, places=1.0) -> str:
     """A caption in a random wording and order, drawn from rng (random.Random).
 
@@ -140,7 +138,7 @@ def describe(scene: Scene, rng=None, color=1.0, relations=1.0, places=1.0) -> st
             article = "one"
         return f"{article} {name} {PLACES[item.cell]}" if placed else f"{article} {name}"
 
-    placed = scene.kind in ("single", "spread", "several") and chance(places)
+    placed = scene.kind not in ("group", "pair") and chance(places)
     if scene.kind == "group":
         return phrase(scene.objects[0], len(scene.objects))
     objects = sorted(scene.objects, key=lambda item: (item.color, item.shape))
@@ -227,8 +225,6 @@ def is_complete_caption(parsed: ParsedCaption) -> bool:
 
 
 # --------------------------------------------------------------------------------------- Pixels
-
-
 def to_grid(scene: Scene) -> list[int]:
     """The scene as GRID * GRID cells."""
     grid = [0] * GRID * GRID
@@ -284,8 +280,7 @@ def render(grids: torch.Tensor, backgrounds: torch.Tensor, atlas: torch.Tensor) 
 class Shapes(Dataset):
     """Scenes made on the fly: scene `index` of a split is the same in every epoch, its wording not.
 
-    split: 'pretrain' (biased), 'understand', 'reca' or 'test' (unbiased); no two of them share a
-    random stream. Batches are those of data.py, with `grid` (B, 9) long.
+    Only 'pretrain' is biased. No two splits share a random stream. Batches are those of data.py.
     """
 
     SPLITS = {"pretrain": 40_000, "understand": 40_000, "reca": 40_000, "test": 2_000}
@@ -307,8 +302,8 @@ class Shapes(Dataset):
         yield repr((self.split, self.seed, self.size, self.atlas.shape)).encode()
 
     def scene(self, index: int) -> Scene:
-        biased = self.split == "pretrain"
-        return random_scene(random.Random(f"{self.seed} {self.split} {index}"), biased)
+        rng = random.Random(f"{self.seed} {self.split} {index}")
+        return random_scene(rng, biased=self.split == "pretrain")
 
     def texts(self, key: tuple[int, int], scene: Scene) -> dict[str, str]:
         rng = random.Random(f"{self.seed} {self.split} {key}")

@@ -39,14 +39,15 @@ class Tokenizer(nn.Module):
     stride x stride pixels. Departure: no half-step shift, (tanh z + 1) / 2 bounds even L too.
     """
 
-    def __init__(self, image_size: int, stride: int, levels: tuple[int, ...], width: int):
+    def __init__(self, cfg):
         super().__init__()
-        d = len(levels)
-        first = stride // 2
-        basis = torch.tensor([1, *levels[:-1]]).cumprod(0)
-        self.register_buffer("levels", torch.tensor(levels), persistent=False)
+        d = len(cfg.code_levels)
+        width = cfg.code_width
+        first = cfg.code_stride // 2
+        basis = torch.tensor([1, *cfg.code_levels[:-1]]).cumprod(0)
+        self.register_buffer("levels", torch.tensor(cfg.code_levels), persistent=False)
         self.register_buffer("basis", basis, persistent=False)
-        self.side = image_size // stride
+        self.side = cfg.image_size // cfg.code_stride
         # at 1 / first of the image's side, then at 1 / stride, then the bottleneck of d channels
         down = [nn.PixelUnshuffle(first), Conv(3 * first**2, width, 3), ResBlock(width)]
         down += [nn.PixelUnshuffle(2), Conv(4 * width, width, 1), ResBlock(width), ResBlock(width)]

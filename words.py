@@ -39,19 +39,17 @@ class Vocabulary:
         strict, for a prompt: raises ValueError instead, and names known words near an unknown one.
         """
         words = split_words(text)
-        if strict:
-            unknown = next((word for word in words if word not in self.ids), None)
-            if unknown:
-                near = difflib.get_close_matches(unknown, self.words[4:], 3, 0.5)
-                known = f"known words near it: {', '.join(near or self.words[4:10])}"
-                raise ValueError(f"the prompt {text!r} holds the unknown word {unknown!r}; {known}")
-            if len(words) > length - 1:
-                limit = f"and this model reads at most {length - 1}: shorten it"
-                raise ValueError(f"the prompt {text!r} has {len(words)} words, {limit}")
-        ids = [BOS]
-        ids += [self.ids.get(word, UNK) for word in words[: length - 1]]
-        ids += [EOS] + [PAD] * length
-        return ids[:length]
+        unknown = [word for word in words if word not in self.ids]
+        if strict and unknown:
+            near = difflib.get_close_matches(unknown[0], self.words[4:], 3, 0.5)
+            known = f"known words near it: {', '.join(near or self.words[4:10])}"
+            raise ValueError(f"the prompt {text!r} holds the unknown word {unknown[0]!r}; {known}")
+        if strict and len(words) > length - 1:
+            limit = f"and this model reads at most {length - 1}: shorten it"
+            raise ValueError(f"the prompt {text!r} has {len(words)} words, {limit}")
+        ids = [self.ids.get(word, UNK) for word in words]
+        padded = [BOS, *ids, EOS] + [PAD] * length
+        return padded[:length]
 
     def decode(self, ids: Iterable[int]) -> str:
         """The words before <eos>, without <bos> and <pad>."""

@@ -1,16 +1,19 @@
 """The numbers of teacher.md: what the questions of the assignments come to. Not handed out.
 
-    cd OUT    # a hand-out whose blanks are filled in, and draw.py has run
+    cd OUT    # a hand-out whose blanks are filled in; for 3.1 to 3.3 after its draw.py
     PYTHONPATH=. python PATH/assignments/answers.py 1.1
 
-Each question in its own hand-out: 1.1 1.2 1.3, 2.2 2.3, 3.1 3.2 3.3. The others are answered by
-commands of the program, which teacher.md gives.
+Each question in its own hand-out: 1.1 1.2 1.3, 2.1 2.2 2.3, 3.1 3.2 3.3. Those of assignment 4 are
+answered by commands of the program, which teacher.md gives.
 """
 
 import sys
 import time
+from dataclasses import replace
+from functools import partial
 
 import torch
+from einops import rearrange
 
 
 def zeroed_tensors():
@@ -28,23 +31,28 @@ def zeroed_tensors():
         print(f"{name:26} {moved:.2f}")
 
 
+@torch.no_grad()
 def positions_and_order():
     """1.2: objects seen right without position embeddings, and with the patches shuffled."""
     from draw import accuracy, look, train
 
     from shapes import Shapes
 
-    encoder, readout = train()
     batch = Shapes("test").__getitems__([(0, i) for i in range(200)])
     images, grid = batch["image"], batch["grid"]
-    print(f"as trained            {accuracy(look(encoder, readout, images), grid):.3f}")
     order = torch.randperm(9, generator=torch.Generator().manual_seed(0))
-    cells = images.unfold(2, 16, 16).unfold(3, 16, 16).flatten(2, 3)[:, :, order]
-    shuffled = cells.unflatten(2, (3, 3)).permute(0, 1, 2, 4, 3, 5).reshape(images.shape)
-    said = accuracy(look(encoder, readout, shuffled), grid[:, order])
-    print(f"patches shuffled      {said:.3f}")
-    encoder.pos_embed.data.zero_()
-    print(f"positions left out    {accuracy(look(encoder, readout, images), grid):.3f}")
+    cells = rearrange(images, "b k (r h) (c w) -> b (r c) k h w", r=3, c=3)[:, order]
+    shuffled = rearrange(cells, "b (r c) k h w -> b k (r h) (c w)", r=3, c=3)
+    for shift in (0, 1):
+        with torch.enable_grad():
+            encoder, readout = train(shift=shift)
+        wanted, in_order = grid.roll(shift, 1), grid[:, order].roll(shift, 1)
+        right = [accuracy(look(encoder, readout, images), wanted)]
+        right.append(accuracy(look(encoder, readout, shuffled), in_order))
+        encoder.pos_embed.zero_()
+        right.append(accuracy(look(encoder, readout, images), wanted))
+        shown = ", ".join(f"{share:.3f}" for share in right)
+        print(f"shift {shift}: as trained, patches shuffled, positions left out: {shown}")
 
 
 def steps_of_training():
@@ -59,6 +67,35 @@ def steps_of_training():
         print(
             f"{steps} steps: {accuracy(look(encoder, readout, batch['image']), batch['grid']):.3f}"
         )
+
+
+@torch.no_grad()
+def prefix_that_sees_the_image():
+    """2.1: how far the states of the prefix move with t, as masked and if it saw the image."""
+    import model as module
+
+    torch.manual_seed(0)
+    model = module.UnifiedModel(module.ModelConfig()).eval()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    states = []
+    model.norm.register_forward_hook(lambda block, args, out: states.append(out))
+    T, N, P = model.cfg.text_len, model.cfg.image_len, 3 * model.cfg.patch_size**2
+    prefix, x_t = torch.randn(1, T, 128), torch.randn(1, N, P)
+    real_mask = module.prefix_mask
+
+    def open_mask(T, N, *others):
+        mask = real_mask(T, N, *others)
+        mask[:T, T:] = True
+        return mask
+
+    for name, mask in (("as masked", real_mask), ("open to the image", open_mask)):
+        module.prefix_mask = mask
+        states.clear()
+        for t in (0.1, 0.9):
+            model.predict_image(prefix, x_t, torch.full((1,), t))
+        moved = (states[1] - states[0])[:, :T].norm() / states[0][:, :T].norm()
+        print(f"{name}: states of the prefix move by {moved:.1e} of their norm")
 
 
 @torch.no_grad()
@@ -109,10 +146,10 @@ def sampled(option: str, values):
     loaded = Checkpoint("out_draw/pretrain.pt")
     default = loaded.model.paradigm.default_sampling
     for value in values:
-        loaded.model.paradigm.default_sampling = type(default)(**{**vars(default), option: value})
+        loaded.model.paradigm.default_sampling = replace(default, **{option: value})
         right = []
-        for category in ("single", "two", "color"):
-            right += generate_and_check(loaded, make_prompts(category, 32), 0)[1]
+        for category in ("single", "two"):
+            right += generate_and_check(loaded, make_prompts(category, 48), 0)[1]
         images = text_to_image(loaded.model, loaded.vocabulary, ["a star"] * 32)
         spread = images.std(0).mean().item()
         share = sum(right) / len(right)
@@ -123,11 +160,12 @@ ANSWERS = {
     "1.1": zeroed_tensors,
     "1.2": positions_and_order,
     "1.3": steps_of_training,
+    "2.1": prefix_that_sees_the_image,
     "2.2": cached_passes,
     "2.3": share_of_the_prefix,
-    "3.1": lambda: sampled("steps", [1, 2, 5, 10, 25, 50]),
-    "3.2": lambda: sampled("cfg_scale", [0.0, 1.0, 1.5, 2.0, 5.0]),
-    "3.3": lambda: sampled("eta", [0.0, 0.5, 1.0]),
+    "3.1": partial(sampled, "steps", [1, 2, 5, 10, 25, 50]),
+    "3.2": partial(sampled, "cfg_scale", [0.0, 1.0, 1.5, 2.0, 5.0]),
+    "3.3": partial(sampled, "eta", [0.0, 0.5, 1.0]),
 }
 
 if __name__ == "__main__":

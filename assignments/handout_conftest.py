@@ -1,22 +1,16 @@
 """Tests of an assignment, a blank at a time.
 
-    python -m pytest                 # all tests
-    python -m pytest --blank NAME    # those of one blank
-    python -m pytest --blank list    # the blanks' names
-
-A test that is no blank's own, but needs what is still blank, is skipped and says what it waits for.
+python -m pytest                 # all tests
+python -m pytest --blank NAME    # those of one blank
+python -m pytest --blank list    # the blanks' names
 """
 
 import json
-import os
 from pathlib import Path
 
 import pytest
 
 BLANKS = json.loads((Path(__file__).parent / "tests" / "blanks.json").read_text())
-OWN_TESTS = {test for blank in BLANKS for test in blank["tests"]}
-# The grader's log: a line before each test, one for its outcome, one after it.
-LOG = os.environ.pop("GRADE_LOG", None)
 
 
 def pytest_addoption(parser):
@@ -55,41 +49,10 @@ def function_of(item):
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item, call):
+    """A failure that a blank caused says which one."""
     report = yield
-    message = call.excinfo.exconly() if call.excinfo else ""
-    if call.excinfo and report.failed:
-        explain_blank(item, call.excinfo, report)
-    if report.when == "call" or report.outcome != "passed":
-        log(event=report.outcome, test=function_of(item), case=item.nodeid, message=message[:600])
+    if call.excinfo and call.excinfo.errisinstance(NotImplementedError):
+        for blank in BLANKS:
+            if blank["equation"] in str(call.excinfo.value):
+                report.longrepr = f"{blank['name']} is still blank: {blank['equation']}"
     return report
-
-
-def explain_blank(item, excinfo, report):
-    """A failure that a blank caused says so; a test that is no blank's own is skipped."""
-    # torch.compile and a command in a process of its own wrap the error, but repeat its text
-    text = excinfo.exconly(tryshort=True)
-    is_own = function_of(item) in OWN_TESTS
-    for blank in BLANKS:
-        if blank["equation"] not in text:
-            continue
-        if not is_own:
-            report.outcome = "skipped"
-            report.longrepr = (str(item.path), 0, f"Skipped: waits for {blank['name']}")
-        elif excinfo.errisinstance(NotImplementedError):
-            report.longrepr = f"{blank['name']} is still blank: {blank['equation']}"
-
-
-def pytest_runtest_logstart(nodeid, location):
-    file, *_, function = nodeid.split("::")
-    test = f"{Path(file).name}::{function.split('[')[0]}"
-    log(event="start", test=test, case=nodeid)
-
-
-def pytest_runtest_logfinish(nodeid, location):
-    log(event="end", case=nodeid)
-
-
-def log(**entry):
-    if LOG:
-        with open(LOG, "a") as file:
-            file.write(json.dumps(entry) + "\n")

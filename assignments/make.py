@@ -14,11 +14,12 @@ what is too like a blank is left out (TWINS) or written in another way (REWRITTE
 import argparse
 import ast
 import json
+import re
 import shutil
 import sys
 import tempfile
 import textwrap
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -28,7 +29,7 @@ sys.path.insert(0, str(HERE))
 from leaks import Body, find_leaks  # noqa: E402
 
 MODULES = (
-    "words encoder tokenizer figures images shapes folders hub pretrained paradigms data model "
+    "words encoder tokenizer figures images shapes folders pretrained paradigms data model "
     "feature_cache captioner recon_loss sample evaluate config engine train"
 )
 CODE = [f"{name}.py" for name in MODULES.split()]
@@ -48,12 +49,11 @@ FIXTURES = {1: ["fixtures"]}
 
 @dataclass(frozen=True)
 class Blank:
-    """A function body to be written, and the tests that it has to pass."""
+    """A function body to be written."""
 
     assignment: int
     name: str  # module.function or module.Class.function
     equation: str  # what the student is told is missing
-    tests: tuple[str, ...]  # file.py::function
     points: int = 10
 
     @property
@@ -65,10 +65,15 @@ class Blank:
         """The name within the file: function or Class.function."""
         return self.name.split(".", 1)[1]
 
-
-def in_file(assignment: int, *functions: str) -> tuple[str, ...]:
-    """The tests of that name in the file of an assignment."""
-    return tuple(f"{test_file(assignment)}::{function}" for function in functions)
+    @property
+    def tests(self) -> list[str]:
+        """What it has to pass, as file.py::function: the tests under the headline of its name."""
+        file = test_file(self.assignment)
+        source = (ROOT / "tests" / file).read_text("utf-8")
+        section = re.split(rf"^# -+ {re.escape(self.name)}$", source, flags=re.M)[1]
+        section = re.split(r"^# -+ ", section, flags=re.M)[0]
+        functions = re.findall(r"^def (test_\w+)", section, flags=re.M)
+        return [f"{file}::{function}" for function in functions]
 
 
 def test_file(assignment: int) -> str:
@@ -76,246 +81,60 @@ def test_file(assignment: int) -> str:
 
 
 BLANKS = [
-    Blank(
-        1,
-        "encoder.Attention.forward",
-        "scaled dot-product attention, arXiv 1706.03762, eq. 1",
-        in_file(
-            1,
-            "test_encoder_attention_is_torchs",
-            "test_encoder_attention_by_hand",
-            "test_encoder_attention_learns",
-        ),
-    ),
+    Blank(1, "encoder.Attention.forward", "scaled dot-product attention, arXiv 1706.03762, eq. 1"),
     Blank(
         1,
         "encoder.ViT.position_embeddings",
         "position embeddings resized to another grid, arXiv 2010.11929, section 3.2",
-        in_file(
-            1,
-            "test_positions_resize_as_the_publisher_does",
-            "test_native_positions_are_as_trained",
-            "test_resized_positions_learn",
-            "test_resized_positions_keep_their_dtype",
-        ),
     ),
     Blank(
-        1,
-        "encoder.ViT.forward",
-        "from pixels to named tokens, arXiv 2010.11929, eq. 1 to 4",
-        in_file(
-            1,
-            "test_each_output_of_the_encoder",
-            "test_each_output_of_the_encoder_learns",
-            "test_a_native_size_that_the_patch_does_not_divide",
-            "test_images_are_cast_to_the_weights",
-            "test_images_are_checked_first",
-            "test_features_are_those_of_the_real_library",
-        ),
-        points=20,
+        1, "encoder.ViT.forward", "from pixels to named tokens, arXiv 2010.11929, eq. 1 to 4", 20
     ),
-    Blank(
-        1,
-        "pretrained.rename_keys",
-        "strict loading: every tensor of the file has one name",
-        in_file(
-            1,
-            "test_each_tensor_gets_our_name",
-            "test_what_is_not_of_the_encoder_is_left_out_by_name",
-            "test_two_tensors_of_one_name_are_an_error",
-        ),
-    ),
-    Blank(
-        2,
-        "model.Attention.forward",
-        "multi-head attention, arXiv 1706.03762, section 3.2.2",
-        in_file(
-            2,
-            "test_self_attention_is_torchs",
-            "test_cross_attention_is_torchs",
-            "test_attention_by_hand",
-            "test_attention_learns",
-            "test_cached_attention_is_causal_attention",
-        ),
-    ),
+    Blank(1, "pretrained.rename_keys", "strict loading: every tensor of the file has one name"),
+    Blank(2, "model.Attention.forward", "multi-head attention, arXiv 1706.03762, section 3.2.2"),
     Blank(
         2,
         "model.prefix_mask",
         "attention mask: a causal prefix, an image that attends to the prefix and itself",
-        in_file(
-            2,
-            "test_prefix_mask_is_the_picture",
-            "test_repeats_of_a_mask_are_alike_and_apart",
-        ),
     ),
-    Blank(
-        2,
-        "model.UnifiedModel.predict_image",
-        "the image positions behind their prefix",
-        in_file(
-            2,
-            "test_who_attends_to_whom_by_gradient",
-            "test_the_prefix_is_causal_and_never_sees_the_image",
-            "test_repeats_that_share_a_prefix_equal_repeats_apart",
-            "test_without_blocks_an_image_position_is_itself",
-            "test_words_of_the_prefix_have_their_positions",
-            "test_all_learns_through_the_image",
-        ),
-    ),
-    Blank(
-        2,
-        "model.UnifiedModel.text_logits",
-        "p(word | prefix, words before it)",
-        in_file(
-            2,
-            "test_no_word_sees_a_later_word",
-            "test_logits_are_of_the_next_word",
-            "test_without_blocks_logits_are_of_the_last_word_alone",
-            "test_all_learns_through_the_words",
-        ),
-    ),
+    Blank(2, "model.UnifiedModel.predict_image", "the image positions behind their prefix"),
+    Blank(2, "model.UnifiedModel.text_logits", "p(word | prefix, words before it)"),
     Blank(
         2,
         "model.UnifiedModel.predict_image_cached",
         "the same with the prefix's keys and values read once",
-        in_file(
-            2,
-            "test_cached_image_equals_uncached",
-            "test_two_caches_do_not_meet",
-        ),
     ),
-    Blank(
-        2,
-        "recon_loss.text_loss",
-        "next-word cross-entropy without <pad>",
-        in_file(
-            2,
-            "test_text_loss_is_the_mean_over_all_words",
-            "test_text_loss_by_hand",
-            "test_text_loss_learns",
-            "test_text_loss_is_computed_in_float32",
-            "test_text_loss_of_the_model",
-        ),
-    ),
-    Blank(
-        3,
-        "paradigms.interpolate",
-        "x_t = t image + (1 - t) noise, arXiv 2209.03003, eq. 1",
-        in_file(
-            3,
-            "test_interpolate_goes_from_noise_to_image",
-            "test_the_velocity_of_the_path_is_constant",
-            "test_interpolate_passes_gradients",
-        ),
-    ),
+    Blank(2, "recon_loss.text_loss", "next-word cross-entropy without <pad>"),
+    Blank(3, "paradigms.interpolate", "x_t = t image + (1 - t) noise, arXiv 2209.03003, eq. 1"),
     Blank(
         3,
         "paradigms.velocity_squared_error",
         "the velocity's squared error from a predicted image, arXiv 2511.13720, eq. 6",
-        in_file(
-            3,
-            "test_velocity_squared_error_by_hand",
-            "test_velocity_squared_error_has_a_time_for_each_image_or_patch",
-            "test_velocity_squared_error_passes_gradients",
-        ),
     ),
-    Blank(
-        3,
-        "paradigms.Flow.loss",
-        "E |v_pred - v|^2",
-        in_file(
-            3,
-            "test_the_model_sees_noised_patches_and_their_times",
-            "test_flow_loss_by_hand",
-            "test_flow_loss_learns",
-            "test_repeats_of_an_image_share_a_prefix",
-        ),
-    ),
+    Blank(3, "paradigms.Flow.loss", "E |v_pred - v|^2"),
     Blank(
         3,
         "recon_loss.drop_prefix",
         "dropped conditions, for classifier-free guidance, arXiv 2207.12598, algorithm 1",
-        in_file(
-            3,
-            "test_dropped_conditions_are_the_empty_caption",
-            "test_each_condition_is_dropped_by_chance",
-            "test_kept_and_dropped_conditions_learn",
-            "test_a_dropped_condition_has_the_dtype_of_the_prefix",
-        ),
     ),
     Blank(
         3,
         "paradigms.cfg_predict",
         "uncond + s (cond - uncond), with s = 1 + w of arXiv 2207.12598, eq. 6",
-        in_file(
-            3,
-            "test_guidance_goes_from_none_to_the_condition_and_beyond",
-            "test_guidance_doubles_every_input",
-            "test_guidance_passes_gradients",
-        ),
     ),
     Blank(
-        3,
-        "paradigms.euler_sample",
-        "from noise to image in Euler steps, with resampled noise",
-        in_file(
-            3,
-            "test_an_exact_model_recovers_the_data_in_any_number_of_steps",
-            "test_without_resampling_the_steps_are_eulers",
-            "test_the_share_of_resampled_noise",
-            "test_images_of_a_batch_are_sampled_apart",
-        ),
-        points=20,
+        3, "paradigms.euler_sample", "from noise to image in Euler steps, with resampled noise", 20
     ),
     Blank(
         4,
         "model.Connector.forward",
         "learned queries that attend to patch tokens and predict words, arXiv 2301.12597",
-        in_file(
-            4,
-            "test_queries_read_the_patch_tokens",
-            "test_patch_tokens_are_a_normalised_set",
-            "test_logits_are_linear_in_the_last_norm_and_in_word_head",
-            "test_all_of_the_connector_learns",
-        ),
     ),
     Blank(
-        4,
-        "model.UnifiedModel.visual_prefix",
-        "<bos>, then softmax(logits) @ wte, arXiv 2502.01341",
-        in_file(
-            4,
-            "test_one_hot_visual_words_are_a_caption",
-            "test_visual_words_are_expected_embeddings",
-            "test_visual_prefix_by_hand",
-            "test_visual_words_and_embeddings_learn",
-        ),
+        4, "model.UnifiedModel.visual_prefix", "<bos>, then softmax(logits) @ wte, arXiv 2502.01341"
     ),
-    Blank(
-        4,
-        "model.UnifiedModel.encode_visual_words",
-        "visual words, with the encoder frozen",
-        in_file(
-            4,
-            "test_the_encoder_sees_images_at_its_size",
-            "test_known_features_spare_the_encoder",
-            "test_visual_words_train_the_connector_never_the_encoder",
-            "test_a_subclass_may_change_the_visual_words",
-        ),
-    ),
-    Blank(
-        4,
-        "recon_loss.recon_loss",
-        "-log p(image | its visual words), arXiv 2509.07295",
-        in_file(
-            4,
-            "test_recon_is_t2i_with_another_prefix",
-            "test_reca_trains_the_transformer_and_not_what_makes_the_condition",
-            "test_the_prefix_comes_from_recon_prefix",
-            "test_recon_loss_passes_known_features_on",
-        ),
-        points=20,
-    ),
+    Blank(4, "model.UnifiedModel.encode_visual_words", "visual words, with the encoder frozen"),
+    Blank(4, "recon_loss.recon_loss", "-log p(image | its visual words), arXiv 2509.07295", 20),
 ]
 
 # Functions so like a blank that they are left out as well: {name: (the blank, what it is)}. They
@@ -336,7 +155,7 @@ class Rewrite:
 
     name: str
     like: tuple[str, ...]  # blanks
-    new: str  # its body, or the line in place of `old`
+    new: str  # its body, or the lines in place of `old`
     old: str = ""
 
 
@@ -398,8 +217,8 @@ REWRITTEN = [
     Rewrite(
         "paradigms.FlowMLP.forward",
         ("model.Connector.forward",),
-        "for number in range(len(self.blocks)):\n        x = self.blocks[number](x, c)",
-        old="for block in self.blocks:\n            x = block(x, c)",
+        "for number in range(len(self.blocks)):\n    x = self.blocks[number](x, c)",
+        old="for block in self.blocks:\n    x = block(x, c)",
     ),
 ]
 
@@ -458,15 +277,16 @@ def cut(source: str, name: str, equation: str) -> str:
 
 
 def rewrite(source: str, r: Rewrite) -> str:
-    """The source with a function, or one line of it, written in another way."""
-    indent = " " * (find(source, r.name.split(".", 1)[1]).col_offset + 4)
+    """The source with a function, or some lines of it, written in another way."""
     function = r.name.split(".", 1)[1]
-    new = textwrap.indent(r.new.strip(), indent) + "\n"
+    indent = " " * (find(source, function).col_offset + 4)
+    body = textwrap.dedent(body_of(source, function))
     if r.old:
-        body = body_of(source, function)
-        assert body.count(r.old) == 1, f"{r.name} has no line {r.old}"
-        new = body.replace(r.old, r.new.replace("\n", f"\n{' ' * (len(indent) - 4)}"))
-    return with_body(source, function, new)
+        assert body.count(r.old) == 1, f"{r.name} has no lines {r.old}"
+        body = body.replace(r.old, r.new)
+    else:
+        body = r.new.lstrip()
+    return with_body(source, function, textwrap.indent(body, indent))
 
 
 # ---------------------------------------------------------------- the hand-out
@@ -482,15 +302,18 @@ def code_of(assignment: int) -> list[str]:
     return CODE + (RUNS if assignment >= 4 else [])
 
 
-def blanked(name: str, assignment: int) -> str:
-    """A file of the program without the solutions that an assignment must not show."""
+def blanked(name: str, assignment: int, fill: bool = False) -> str:
+    """A file of the program without the solutions that an assignment must not show.
+
+    fill: with those that it asks for, as in an honest submission.
+    """
     source = (ROOT / name).read_text("utf-8")
     blanks = {b.name: b for b in left_blank(assignment)}
     module = name.removesuffix(".py")
     for b in blanks.values():
-        if b.file == name:
-            own = b.assignment == assignment
-            text = b.equation if own else f"assignment {b.assignment}: {b.equation}"
+        is_own = b.assignment == assignment
+        if b.file == name and not (is_own and fill):
+            text = b.equation if is_own else f"assignment {b.assignment}: {b.equation}"
             source = cut(source, b.function, text)
     for twin, (blank, what) in TWINS.items():
         if twin.split(".")[0] == module and blank in blanks:
@@ -504,28 +327,24 @@ def blanked(name: str, assignment: int) -> str:
 
 
 def make(assignment: int, out: Path, base: Path | None = None, fill: bool = False) -> None:
-    """Writes the hand-out into the new folder `out`.
-
-    fill: with nothing taken out, as the grader needs it.
-    """
+    """Writes the hand-out into the new folder `out`. fill: its own blanks are filled in."""
     out.mkdir(parents=True)
     for name in code_of(assignment):
-        is_whole = fill or not name.endswith(".py")
-        source = (ROOT / name).read_text("utf-8") if is_whole else blanked(name, assignment)
-        (out / name).write_text(source, "utf-8")
-    tests = TESTS + FIXTURES.get(assignment, [])
-    if blanks_of(assignment):
-        tests.append(test_file(assignment))
-    for name in tests:
+        if name.endswith(".py"):
+            (out / name).write_text(blanked(name, assignment, fill), "utf-8")
+        else:
+            copy(ROOT / name, out / name)
+    for name in TESTS + FIXTURES.get(assignment, []):
         copy(ROOT / "tests" / name, out / "tests" / name)
-    table = [asdict(b) for b in blanks_of(assignment)]
+    blanks = blanks_of(assignment)
+    if blanks:
+        copy(ROOT / "tests" / test_file(assignment), out / "tests" / test_file(assignment))
+        copy(HERE / f"draw_{assignment}.py", out / "draw.py")
+        copy(HERE / "pictures" / f"{assignment}.png", out / "expected.png")
+    table = [{"name": b.name, "equation": b.equation, "tests": b.tests} for b in blanks]
     (out / "tests" / "blanks.json").write_text(json.dumps(table, indent=1) + "\n")
     copy(HERE / "handout_conftest.py", out / "conftest.py")
     copy(HERE / TITLES[assignment], out / "README.md")
-    for name, handed_out in ((f"draw_{assignment}.py", "draw.py"), (f"{assignment}.png", "")):
-        source = HERE / ("pictures" if name.endswith(".png") else "") / name
-        if source.exists():
-            copy(source, out / (handed_out or "expected.png"))
     if base:
         copy(base, out / "base.pt")
 

@@ -1,13 +1,13 @@
 """What a blank computes for inputs that nobody has seen: the part of a grade that cannot be forged.
 
-    python assignments/probes.py SEED NAME...     # the reference's answers, run beside its files
+    PYTHONPATH=.. python probes.py SEED NAME...     # answers of the program in the folder above
 
-A probe calls a blank with random inputs and yields what comes out, piece by piece. It runs twice,
-with the same seed: in the process of the student's code, and in one with the reference alone.
-Neither tests nor expected values are needed, so there is nothing that a student's code could read
-or change to be right; the grader compares both (`agreement`).
+A probe calls a blank with random inputs and yields what comes out, piece by piece. grade.py copies
+this file beside the tests and runs it twice with the same seed: in the process of the student's
+code, and in one with the reference alone. Neither tests nor expected values are needed, so there
+is nothing that a student's code could read or change to be right.
 
-# B batch, T prefix length, N image positions, V words, D width, P values of a patch
+# B batch, T prefix length, N image positions, V words, C codes, D width, P values of a patch
 """
 
 import json
@@ -15,14 +15,11 @@ import math
 import sys
 from types import SimpleNamespace
 
-B, T, N, V, D, P = 2, 7, 9, 13, 24, 48
-ENCODER_WIDTH = 10
-SIZES = dict(vocab_size=V, text_len=T, image_size=12, patch_size=4, width=D, depth=2, heads=3)
-SIZES |= dict(encoder_width=ENCODER_WIDTH, connector_depth=2, flow_mlp_width=20, flow_mlp_depth=1)
-SIZES |= dict(code_stride=4, code_levels=(3, 2, 4), code_width=8)
-CODES = 24
+import torch
+
+from small import ENCODER_WIDTH, SIZES, B, C, D, N, P, T, V
+
 PARADIGMS = ("flow", "ar", "mask", "mar")
-ATOL, RTOL = 2e-4, 2e-3  # of equal answers: float32, in another order
 
 
 # ---------------------------------------------------------------- 1: the encoder
@@ -67,8 +64,6 @@ def position_embeddings():
 
 
 def rename_keys():
-    import torch
-
     from pretrained import rename_keys
 
     block = int(torch.randint(2, 30, ()))
@@ -96,8 +91,6 @@ def rename_keys():
 
 
 def model_attention():
-    import torch
-
     from model import Attention, KVCache, ModelConfig
 
     attention = randomise(Attention(12, 3))
@@ -122,8 +115,6 @@ def model_attention():
 
 
 def prefix_mask():
-    import torch
-
     from model import prefix_mask
 
     for repeats in (1, 2, 3):
@@ -144,8 +135,6 @@ def predict_image():
 
 
 def text_logits():
-    import torch
-
     for paradigm in ("flow", "mask"):
         model = random_model(paradigm)
         prefix, ids = learnable(B, T, D), torch.randint(V, (B, 4))
@@ -158,8 +147,6 @@ def text_logits():
 
 
 def predict_image_cached():
-    import torch
-
     for paradigm in PARADIGMS:
         model = random_model(paradigm)
         with torch.no_grad():
@@ -177,8 +164,6 @@ def predict_image_cached():
 
 
 def interpolate():
-    import torch
-
     from paradigms import interpolate
 
     image, noise = random(B, N, P), random(B, N, P)
@@ -191,8 +176,6 @@ def interpolate():
 
 
 def velocity_squared_error():
-    import torch
-
     from paradigms import velocity_squared_error
 
     x = random(B, N, P)
@@ -236,8 +219,6 @@ def drop_prefix():
 
 
 def cfg_predict():
-    import torch
-
     from paradigms import cfg_predict
 
     weight = random(D, D)
@@ -256,8 +237,6 @@ def cfg_predict():
 
 
 def euler_sample():
-    import torch
-
     from paradigms import euler_sample
 
     weight = random(P, P) / P**0.5
@@ -329,8 +308,6 @@ def recon_loss():
 
 
 def text_loss():
-    import torch
-
     from recon_loss import text_loss
 
     for paradigm in ("flow", "mask"):
@@ -374,8 +351,6 @@ PROBES = {
 
 
 def random(*shape):
-    import torch
-
     return torch.randn(shape)
 
 
@@ -386,22 +361,16 @@ def learnable(*shape):
 
 def random_images(count, height, width):
     """(count, 3, height, width) in [0, 1]."""
-    import torch
-
     return torch.rand(count, 3, height, width)
 
 
 def reseed():
     """Before a blank that draws: whatever was drawn until here, it draws the same."""
-    import torch
-
-    torch.manual_seed(reseed.seed)
+    torch.manual_seed(torch.initial_seed())
 
 
 def randomise(module):
     """A module with every weight random: zeros would hide what flows through."""
-    import torch
-
     for p in module.parameters():
         torch.nn.init.normal_(p, std=0.3)
     return module.eval()
@@ -417,13 +386,12 @@ def random_encoder(**changes):
 def random_model(paradigm, **changes):
     from model import ModelConfig, UnifiedModel
 
-    return randomise(UnifiedModel(ModelConfig(**SIZES | dict(paradigm=paradigm) | changes)))
+    sizes = SIZES | dict(connector_depth=2, paradigm=paradigm)
+    return randomise(UnifiedModel(ModelConfig(**sizes | changes)))
 
 
 def random_stub():
     """Stands in for an encoder: a linear map of patches of 6 x 6 pixels. proj: its weights."""
-    import torch
-
     from paradigms import patchify
 
     proj = torch.nn.Linear(3 * 6**2, ENCODER_WIDTH)
@@ -438,13 +406,11 @@ def random_stub():
 
 def image_inputs(paradigm, batch):
     """What the image positions of a paradigm hold: the arguments of its `embed`."""
-    import torch
-
     if paradigm == "flow":
         return [random(batch, N, P), torch.rand(batch)]
     if paradigm == "mar":
         return [random(batch, N, P), torch.rand(batch, N) < 0.5]
-    return [torch.randint(CODES + 1, (batch, N))]
+    return [torch.randint(C + 1, (batch, N))]
 
 
 # ---------------------------------------------------------------- answers
@@ -452,8 +418,6 @@ def image_inputs(paradigm, batch):
 
 def gradients(out, module=None, **inputs):
     """{parameter or input: the norm of its gradient} of a random projection of `out`."""
-    import torch
-
     named = dict(module.named_parameters()) if module is not None else {}
     named |= {name: x for name, x in inputs.items() if x.requires_grad}
     if not out.requires_grad:
@@ -477,9 +441,6 @@ def error_of(function, *args):
 
 def answers(name, seed):
     """{what: plain lists, numbers, strings} of a blank; an error ends it, and is its last."""
-    import torch
-
-    reseed.seed = seed
     torch.manual_seed(seed)
     found = {}
     try:
@@ -492,8 +453,6 @@ def answers(name, seed):
 
 def plain(value):
     """Tensors as {kind, shape, values}, rounded to what float32 holds; others as JSON has them."""
-    import torch
-
     if isinstance(value, torch.Tensor):
         values = [round_float(x) for x in value.detach().double().flatten().tolist()]
         kind = "bool" if value.dtype == torch.bool else "numbers"
@@ -509,39 +468,6 @@ def plain(value):
 
 def round_float(x):
     return float(f"{x:.7g}") if math.isfinite(x) else str(x)
-
-
-def agreement(answer, reference, where=""):
-    """Empty if two plain answers are equal but for rounding; else where they differ, and how."""
-    if isinstance(reference, dict) and isinstance(answer, dict):
-        if answer.keys() != reference.keys():
-            return f"{where}: {sorted(answer)}, expected {sorted(reference)}"
-        if "shape" in reference and answer["shape"] != reference["shape"]:
-            return f"{where}: shape {answer['shape']}, expected {reference['shape']}"
-        for key in reference:
-            inner = where if key == "values" else f"{where} {key}".strip()
-            problem = agreement(answer[key], reference[key], inner)
-            if problem:
-                return problem
-        return ""
-    if isinstance(reference, list) and isinstance(answer, list):
-        if len(answer) != len(reference):
-            return f"{where}: {len(answer)} of them, expected {len(reference)}"
-        pairs = zip(answer, reference, strict=True)
-        for i, (a, b) in enumerate(pairs):
-            problem = agreement(a, b, f"{where}[{i}]")
-            if problem:
-                return problem
-        return ""
-    if is_number(answer) and is_number(reference):
-        is_close = abs(answer - reference) <= ATOL + RTOL * abs(reference)
-        return "" if is_close else f"{where}: {answer:g}, expected {reference:g}"
-    is_equal = type(answer) is type(reference) and answer == reference
-    return "" if is_equal else f"{where}: {str(answer)[:100]}, expected {str(reference)[:100]}"
-
-
-def is_number(value):
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def main():

@@ -1,14 +1,8 @@
-"""What a student handed in: its files, the bodies of its blanks, and all else that was changed.
+"""The files that a student handed in: a folder or a zip, as texts by their paths."""
 
-Nothing here runs the student's code: a file is text, and `ast` finds what is in it.
-"""
-
-import ast
 import io
 import os
-import re
 import stat
-import textwrap
 import tokenize
 import zipfile
 from dataclasses import dataclass, field
@@ -18,7 +12,6 @@ MAX_SOURCE = 1_000_000  # bytes of a submitted file
 MAX_FILES = 5000  # files of a submission that are looked at
 LISTED = 12  # file names that a reason mentions
 SKIPPED = {"__pycache__", "__MACOSX", "site-packages", "node_modules"}
-UNREADABLE = (SyntaxError, ValueError, RecursionError, MemoryError)  # what ast.parse raises
 
 
 @dataclass
@@ -153,157 +146,3 @@ def find_file(submission: Submission, name: str) -> tuple[str, str]:
     if nearest[0] in submission.problems:
         return "", f"{nearest[0]} {submission.problems[nearest[0]]}"
     return nearest[0], ""
-
-
-# ---------------------------------------------------------------- what a file holds
-
-
-def definition(tree: ast.Module, name: str) -> ast.FunctionDef | None:
-    """The function of a dotted name, `function` or `Class.function`; of several the last."""
-    node = tree
-    for part in name.split("."):
-        found = [
-            n for n in node.body if isinstance(n, ast.ClassDef | ast.FunctionDef) and n.name == part
-        ]
-        if not found:
-            return None
-        node = found[-1]
-    return node if isinstance(node, ast.FunctionDef) else None
-
-
-def parse_blank(text: str, name: str) -> tuple[ast.FunctionDef | None, str]:
-    """A function of a file, and "": or None, and why not.
-
-    Where the file is no Python, the function alone is parsed: a mistake elsewhere costs it nothing.
-    """
-    try:
-        node = definition(ast.parse(text), name)
-        missing = f"there is no function {name} at its place"
-    except UNREADABLE as error:
-        problem = describe_syntax(error)
-        try:
-            node = parse_block(text, name)
-        except UNREADABLE as error:
-            return None, describe_syntax(error)
-        missing = f"{problem}, and no function {name} was found at its place"
-    return (node, "") if node else (None, missing)
-
-
-def describe_syntax(error: Exception) -> str:
-    if isinstance(error, SyntaxError) and error.lineno:
-        return f"line {error.lineno} is no Python: {error.msg}"
-    return f"it cannot be parsed ({type(error).__name__}: {error})"
-
-
-def parse_block(text: str, name: str) -> ast.FunctionDef | None:
-    """The lines of a function, by their indentation, parsed alone with their line numbers."""
-    lines = text.split("\n")
-    first, last, indent = 0, len(lines), -1
-    for part in name.split("."):
-        pattern = re.compile(rf"( *)(?:class|def) {re.escape(part)}\b")
-        starts = []
-        for i in range(first, last):
-            found = pattern.match(lines[i])
-            if found and len(found[1]) > indent:
-                starts.append((i, len(found[1])))
-        if not starts:
-            return None
-        # the outermost; of several the last
-        indent = min(width for _, width in starts)
-        first = [i for i, width in starts if width == indent][-1]
-        last = end_of_block(lines, first, last, indent)
-        first += 1
-    first -= 1
-    block = textwrap.dedent("\n".join(lines[first:last]))
-    tree = ast.parse("\n" * first + block)
-    return next((node for node in tree.body if isinstance(node, ast.FunctionDef)), None)
-
-
-def end_of_block(lines: list[str], first: int, last: int, indent: int) -> int:
-    """The first line behind a block. Its signature may close at the block's own indentation."""
-    for i in range(first + 1, last):
-        line = lines[i]
-        width = len(line) - len(line.lstrip())
-        is_content = line.strip() and not line.lstrip().startswith(("#", ")", "]", "}"))
-        if is_content and width <= indent:
-            return i
-    return last
-
-
-def statements(node: ast.FunctionDef) -> list[ast.stmt]:
-    """A function's body without its docstring."""
-    has_docstring = ast.get_docstring(node, clean=False) is not None
-    return node.body[1:] if has_docstring else node.body
-
-
-def is_blank(node: ast.FunctionDef) -> bool:
-    """Whether nothing was written: an error, pass or ... alone."""
-    for statement in statements(node):
-        is_ellipsis = isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)
-        is_error = isinstance(statement, ast.Raise) and "NotImplemented" in ast.unparse(statement)
-        if not (is_ellipsis or is_error or isinstance(statement, ast.Pass)):
-            return False
-    return True
-
-
-# ---------------------------------------------------------------- what else was changed
-
-
-@dataclass(frozen=True)
-class Change:
-    """A definition or statement that is not as it was handed out; node: the student's, if any."""
-
-    what: str
-    node: ast.stmt | None
-
-
-def changes(text: str, given: list[str], blanks: list[str]) -> list[Change]:
-    """What differs outside the bodies of the blanks. Comments and layout do not count.
-
-    given: the file as handed out, and the reference; to be like either is no change.
-    """
-    try:
-        before = [units(source, blanks) for source in given]
-        after = units(text, blanks)
-    except UNREADABLE as error:
-        return [Change(f"not compared: {describe_syntax(error)}", None)]
-    found = []
-    for name, (code, node) in after.items():
-        known = [source[name][0] for source in before if name in source]
-        if code not in known:
-            verb = "changed" if known else "added"
-            found.append(Change(f"{verb}: {name} (line {node.lineno})", node))
-    in_all = set.intersection(*[set(source) for source in before])
-    found += [Change(f"missing: {name}", None) for name in before[0] if name in in_all - set(after)]
-    return found
-
-
-def units(text: str, blanks: list[str]) -> dict[str, tuple[str, ast.stmt]]:
-    """{name: (its code, its node)} of each function, method and other statement of a file."""
-    found = {}
-
-    def visit(body: list[ast.stmt], prefix: str) -> None:
-        for node in body:
-            if isinstance(node, ast.ClassDef):
-                header = [ast.unparse(part) for part in node.bases + node.decorator_list]
-                found[f"class {prefix}{node.name}"] = (str(header), node)
-                visit(node.body, f"{prefix}{node.name}.")
-            elif isinstance(node, ast.FunctionDef):
-                name = prefix + node.name
-                found[name] = (header_of(node) if name in blanks else ast.unparse(node), node)
-            elif not is_docstring(node):
-                code = ast.unparse(node)
-                found[f"{prefix}`{code[:60]}`"] = (code, node)
-
-    visit(ast.parse(text).body, "")
-    return found
-
-
-def header_of(node: ast.FunctionDef) -> str:
-    decorators = [ast.unparse(decorator) for decorator in node.decorator_list]
-    return f"{decorators} {ast.unparse(node.args)}"
-
-
-def is_docstring(node: ast.stmt) -> bool:
-    is_constant = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
-    return is_constant and isinstance(node.value.value, str)

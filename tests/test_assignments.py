@@ -47,19 +47,9 @@ def run_python(*args, cwd=ROOT, env=ENV):
     return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=600)
 
 
-def fill_in(out, assignment):
-    """Puts the real bodies into the blanks of this assignment alone."""
-    for b in blanks_of(assignment):
-        path = out / b.file
-        body = body_of((ROOT / b.file).read_text(), b.function)
-        path.write_text(with_body(path.read_text(), b.function, body))
-
-
 def run_handout(assignment, out, filled):
     """A hand-out under pytest: {file.py::function: its outcomes}, and what pytest printed."""
-    make(assignment, out)
-    if filled:
-        fill_in(out, assignment)
+    make(assignment, out, fill=filled)
     report = out.parent / f"{out.name}.xml"
     options = ["-q", "--tb=line", "-p", "no:cacheprovider", "--junitxml", report]
     done = run_python("-m", "pytest", *options, cwd=out)
@@ -314,6 +304,33 @@ def test_a_text_says_what_is_graded(assignment):
     assert "15 points for the questions" in text
     lines = [line for line in text.splitlines() if "](" not in line]
     assert max(map(len, lines)) <= 100
+
+
+@pytest.mark.parametrize("assignment", WITH_BLANKS)
+def test_a_text_names_the_files_to_hand_in(assignment):
+    text = (ROOT / "assignments" / TITLES[assignment]).read_text()
+    section = text.partition("## What to hand in")[2].partition("\n## ")[0]
+    for b in blanks_of(assignment):
+        assert f"`{b.file}`" in section, f"{b.name} is in {b.file}"
+
+
+@pytest.mark.parametrize("assignment", WITH_BLANKS)
+def test_each_question_has_a_model_answer(assignment):
+    text = (ROOT / "assignments" / TITLES[assignment]).read_text()
+    questions = text.partition("## Questions")[2].partition("\n## ")[0]
+    teacher = (ROOT / "assignments" / "teacher.md").read_text()
+    answers = teacher.partition(f"## Assignment {assignment}\n")[2].partition("\n## ")[0]
+    for number in (1, 2, 3):
+        assert f"\n{number}. *" in questions, f"question {number}"
+        assert f"**{number}. " in answers, f"an answer to question {number}"
+
+
+@pytest.mark.parametrize("assignment", WITH_BLANKS)
+def test_a_handout_has_its_run_and_the_picture_of_it(assignment, tmp_path):
+    out = tmp_path / "out"
+    make(assignment, out)
+    assert (out / "draw.py").exists()
+    assert (out / "expected.png").exists()
 
 
 # ---------------------------------------------------------------- the tests of a hand-out

@@ -16,7 +16,7 @@ from laws import assert_close, assert_gradients_agree, assert_learns, random_wei
 FIXTURES = Path(__file__).parent / "fixtures" / "encoder"
 
 
-# ---------------------------------------------------------------- encoder.Attention.forward
+# -------------------------------------------------------- encoder.Attention.forward
 
 
 def attention_and_torchs(width, heads, bias=True):
@@ -73,7 +73,7 @@ def test_encoder_attention_learns():
     assert_gradients_agree(actual, expected, "as of torch's attention")
 
 
-# ---------------------------------------------------------------- encoder.ViT.forward
+# -------------------------------------------------------- encoder.ViT.forward
 
 
 class Affine(nn.Module):
@@ -241,7 +241,7 @@ def test_features_are_those_of_the_real_library(folder):
             assert_close(getattr(features, output), expected[output], law, 2e-4)
 
 
-# ---------------------------------------------------------------- encoder.ViT.position_embeddings
+# -------------------------------------------------------- encoder.ViT.position_embeddings
 
 # A 4 x 4 grid of positions of width 1, and what each way of resizing makes of it (torch 2.15).
 NATIVE = [3.0, -1.0, 4.0, 1.0, -5.0, 9.0, 2.0, -6.0, 5.0, 3.0, -5.0, 8.0, 9.0, -7.0, 9.0, 3.0]
@@ -326,7 +326,7 @@ def test_resized_positions_keep_their_dtype(how):
     assert_close(resized, expected, law, 1e-3)
 
 
-# ---------------------------------------------------------------- pretrained.rename_keys
+# -------------------------------------------------------- pretrained.rename_keys
 
 
 def test_each_tensor_gets_our_name():

@@ -43,7 +43,7 @@ def depends_on(out, x):
     return gradient.abs().sum(-1) > 1e-9
 
 
-# ---------------------------------------------------------------- model.Attention.forward
+# -------------------------------------------------------- model.Attention.forward
 
 Q_FROM_X = "queries from x; keys, then values, from kv_proj; heads are contiguous channels"
 
@@ -166,7 +166,7 @@ def test_cached_attention_is_causal_attention():
         cache.length = last
 
 
-# ---------------------------------------------------------------- model.prefix_mask
+# -------------------------------------------------------- model.prefix_mask
 
 # T words, N image positions, R repeats: # where the row attends to the column
 MASKS = {
@@ -221,7 +221,7 @@ def test_repeats_of_a_mask_are_alike_and_apart(causal):
     assert meta.device.type == "meta", f"the mask is made on the device given, not {meta.device}"
 
 
-# ---------------------------------------------------------------- UnifiedModel.predict_image
+# -------------------------------------------------------- model.UnifiedModel.predict_image
 
 
 @pytest.mark.parametrize("paradigm", PARADIGMS)
@@ -315,7 +315,7 @@ def test_all_learns_through_the_image(paradigm):
         assert_learns(model.get_parameter(name), f"{name} ({paradigm})")
 
 
-# ---------------------------------------------------------------- UnifiedModel.text_logits
+# -------------------------------------------------------- model.UnifiedModel.text_logits
 
 
 def test_no_word_sees_a_later_word():
@@ -375,7 +375,7 @@ def test_all_learns_through_the_words(paradigm):
         assert_learns(model.get_parameter(name), name)
 
 
-# ---------------------------------------------------------------- UnifiedModel.predict_image_cached
+# -------------------------------------------------------- model.UnifiedModel.predict_image_cached
 
 
 @pytest.mark.parametrize("paradigm", PARADIGMS)
@@ -420,7 +420,7 @@ def test_two_caches_do_not_meet():
         assert_close(out, alone[i], "each cache counts its own positions")
 
 
-# ---------------------------------------------------------------- recon_loss.text_loss
+# -------------------------------------------------------- recon_loss.text_loss
 
 
 class Bigrams(nn.Module):

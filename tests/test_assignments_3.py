@@ -17,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 B, T, N, P, D = 2, 7, 9, 48, 24
 
 
-# ---------------------------------------------------------------- paradigms.interpolate
+# -------------------------------------------------------- paradigms.interpolate
 
 
 def test_interpolate_goes_from_noise_to_image():
@@ -57,7 +57,7 @@ def test_interpolate_passes_gradients():
     assert_close(noise.grad, torch.full((2, 3), 0.75), "the derivative by the noise is 1 - t")
 
 
-# ---------------------------------------------------------------- paradigms.velocity_squared_error
+# -------------------------------------------------------- paradigms.velocity_squared_error
 
 
 # t, x_pred - x, the squared error of the velocity (MIN_ONE_MINUS_T is 0.1)
@@ -97,7 +97,7 @@ def test_velocity_squared_error_passes_gradients():
     assert_close(x_pred.grad, expected, "the derivative is 2 (x_pred - x) / (1 - t)^2")
 
 
-# ---------------------------------------------------------------- paradigms.Flow.loss
+# -------------------------------------------------------- paradigms.Flow.loss
 
 
 class Recorder:
@@ -199,7 +199,7 @@ def test_repeats_of_an_image_share_a_prefix():
     assert t.unique().numel() == 6, "each repeat has its own time"
 
 
-# ---------------------------------------------------------------- recon_loss.drop_prefix
+# -------------------------------------------------------- recon_loss.drop_prefix
 
 
 @pytest.fixture
@@ -277,7 +277,7 @@ def test_a_dropped_condition_has_the_dtype_of_the_prefix(model):
         assert dtype == torch.bfloat16, f"p = {p}: the result is in the prefix's dtype, not {dtype}"
 
 
-# ---------------------------------------------------------------- paradigms.cfg_predict
+# -------------------------------------------------------- paradigms.cfg_predict
 
 
 class TwoPredictions:
@@ -341,7 +341,7 @@ def test_guidance_passes_gradients(s):
         assert_close(predict.uncond.grad, torch.full((B, 4), 1 - s), law)
 
 
-# ---------------------------------------------------------------- paradigms.euler_sample
+# -------------------------------------------------------- paradigms.euler_sample
 
 
 class Noises:

@@ -29,7 +29,7 @@ def random_words():
     return torch.randn(B, K, V).softmax(-1)
 
 
-# ---------------------------------------------------------------- model.Connector.forward
+# -------------------------------------------------------- model.Connector.forward
 
 
 class FakeBlock(nn.Module):
@@ -101,7 +101,7 @@ def test_all_of_the_connector_learns():
         assert_learns(p, name)
 
 
-# ---------------------------------------------------------------- UnifiedModel.visual_prefix
+# -------------------------------------------------------- model.UnifiedModel.visual_prefix
 
 
 @pytest.mark.parametrize("paradigm", PARADIGMS)
@@ -163,7 +163,7 @@ def test_visual_words_and_embeddings_learn():
     assert not gradient[V:].any(), "codes and [MASK] are no words"
 
 
-# ---------------------------------------------------------------- UnifiedModel.encode_visual_words
+# -------------------------------------------------------- model.UnifiedModel.encode_visual_words
 
 
 class FakeEncoder(nn.Module):
@@ -246,7 +246,7 @@ def test_a_subclass_may_change_the_visual_words():
     assert_close(words, tokens.sum((1, 2)), law)
 
 
-# ---------------------------------------------------------------- recon_loss.recon_loss
+# -------------------------------------------------------- recon_loss.recon_loss
 
 
 @pytest.mark.parametrize("paradigm", PARADIGMS)

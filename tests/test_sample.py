@@ -26,7 +26,7 @@ from sample import (
     text_to_image,
 )
 from small import B, N, T, V, random_prefix, small
-from words import EOS, SPECIALS, Vocabulary
+from words import EOS, PAD, SPECIALS, Vocabulary
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -135,6 +135,14 @@ def test_cached_greedy_words_equal_uncached(model):
 def test_nothing_is_written_after_the_last_eos(model):
     model.word_logits = lambda h: F.one_hot(torch.full(h.shape[:2], EOS), V).float()
     assert sample_words(model, random_prefix(model)).tolist() == [[EOS]] * B
+
+
+@torch.no_grad()
+def test_a_sentence_that_has_ended_is_padded(model):
+    steps = iter([[4, EOS, 5], [6, 7, EOS], [EOS, 8, 9]])  # the likeliest words of three rows
+    model.word_logits = lambda h: F.one_hot(torch.tensor(next(steps))[:, None], V).float()
+    expected = [[4, 6, EOS], [EOS, PAD, PAD], [5, EOS, PAD]]
+    assert sample_words(model, random_prefix(model, 3)).tolist() == expected
 
 
 def test_an_instruction_goes_on_where_the_visual_words_end():

@@ -204,8 +204,8 @@ only one name in the error
 """,
     "model.Attention.forward": """
 keys and values swapped
-- k, v = kv
-+ v, k = kv
+- k, v = rearrange(kv, "b s (two h d) -> two b h s d", two=2, h=self.heads)
++ v, k = rearrange(kv, "b s (two h d) -> two b h s d", two=2, h=self.heads)
 
 heads are the inner axis
 - q = rearrange(self.q_proj(x), "b s (h d) -> b h s d", h=self.heads)
@@ -220,8 +220,8 @@ no scale
 + out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0)
 
 the context is ignored
-- source = x if context is None else context
-+ source = x if context is None or context.shape[-1] != x.shape[-1] else x
+- kv = self.kv_proj(x if context is None else context)  # (B, any, 2 D)
++ kv = self.kv_proj(x if context is None or context.shape[-1] != x.shape[-1] else x)
 
 the cache is not read
 -     k, v = cache.extend(layer, k, v)
@@ -355,11 +355,11 @@ text positions instead of the image's
 + positions = self.text_pos[start : start + x.shape[1]]
 
 the cache grows in every pass
-- if self.paradigm.causal:
+- if self.paradigm.causal:  # the others read the whole image anew in the next step
 + if True:
 
 the cache never grows
-- if self.paradigm.causal:
+- if self.paradigm.causal:  # the others read the whole image anew in the next step
 + if False:
 
 every code at the first position
@@ -371,7 +371,7 @@ the prefix has its longest length
 + start = max(0, cache.length - self.cfg.text_len)
 
 moved on for all positions of an image
-- if self.paradigm.causal:
+- if self.paradigm.causal:  # the others read the whole image anew in the next step
 + if self.paradigm.causal or x.shape[1] == self.cfg.image_len:
 """,
     "paradigms.interpolate": """
