@@ -9,7 +9,6 @@ References: ViT 2010.11929, CLIP 2103.00020, SigLIP 2303.15343 and 2502.14786, D
 """
 
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -134,11 +133,10 @@ class ViT(nn.Module):  # images in, named features out; trainable as it is
         self.pos_embed = nn.Parameter(torch.empty(self.grid**2, D))
         # The class token and the registers, the class token's position embedding already added.
         self.prefix_tokens = nn.Parameter(torch.empty(cfg.cls_token + cfg.registers, D))
-        norm = partial(nn.LayerNorm, D, cfg.norm_eps)
-        self.norm_pre = norm() if cfg.norm_pre else nn.Identity()
+        self.norm_pre = nn.LayerNorm(D, cfg.norm_eps) if cfg.norm_pre else nn.Identity()
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.depth))
-        self.norm = nn.Identity() if cfg.fc_norm else norm()
-        self.fc_norm = norm() if cfg.fc_norm else nn.Identity()
+        self.norm = nn.Identity() if cfg.fc_norm else nn.LayerNorm(D, cfg.norm_eps)
+        self.fc_norm = nn.LayerNorm(D, cfg.norm_eps) if cfg.fc_norm else nn.Identity()
         self.pool = AttentionPool(cfg) if cfg.pool == "attention" else None
         self.proj = nn.Linear(D, cfg.out_width, bias=False) if cfg.out_width else nn.Identity()
         self.init_weights()

@@ -148,10 +148,8 @@ def make_optimizers(named_parameters) -> list[torch.optim.Optimizer]:
         is_matrix = p.ndim == 2 and ("blocks." in name or "tokenizer." in name)
         if p.requires_grad:
             (matrices if is_matrix else rest).append(p)
-    optimizers = [torch.optim.AdamW(rest, betas=(0.9, 0.95), weight_decay=0, fused=True)]
-    if matrices:
-        optimizers += [torch.optim.Muon(matrices, weight_decay=0, adjust_lr_fn="match_rms_adamw")]
-    return optimizers
+    adamw = torch.optim.AdamW(rest, betas=(0.9, 0.95), weight_decay=0, fused=True)
+    return [adamw, torch.optim.Muon(matrices, weight_decay=0, adjust_lr_fn="match_rms_adamw")]
 
 
 def micro_batch(batch: dict, i: int, n: int) -> dict:

@@ -393,7 +393,6 @@ def compare_reconstructions(checkpoints: list, names: list[str], path, seed: int
     save_columns(columns, captions, ["input", *names], path, note)
 
 
-# ---------------------------------------------------------------- the command line
 def main(argv=None) -> None:
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form, allow_abbrev=False)

@@ -29,7 +29,7 @@ import figures
 import shapes
 import train
 from config import exit_with_error
-from evaluate import CATEGORIES, DISTANCES, TITLES, compare
+from evaluate import CATEGORIES, DISTANCES, TITLES, compare, compare_reconstructions
 from recon_loss import image_loss
 from sample import Checkpoint
 from shapes import COLORS, GRID, NUMBERS, PLURALS, SHAPES, USUAL_COLOR, Scene, SceneObject
@@ -153,14 +153,15 @@ def color_table(rows: dict[str, list[dict]]) -> str:
     first, *_, last = rows
     lines = []
     for shape, usual in zip(SHAPES, USUAL_COLOR, strict=True):
-        lines.append([shape])
-        for c, color in enumerate(COLORS):
+        line = [shape]
+        for color in COLORS:
             percents = []
             for how, title in (("recognized", first), ("drawn", first), ("drawn", last)):
                 share = statistics.mean(run[f"{how} {color} {shape}"] for run in rows[title])
                 percents.append(f"{100 * share:.0f}")
             cell = " / ".join(percents)
-            lines[-1].append(f"({cell})" if c == usual else cell)
+            line.append(f"({cell})" if color == COLORS[usual] else cell)
+        lines.append(line)
     what = f"Percent recognized by {first} / drawn by {first} / drawn by {last}"
     return f"\n{what}; the usual color in brackets:\n\n" + pipe_table(["", *COLORS], lines)
 
@@ -172,10 +173,9 @@ def plot_shares(scores: dict[str, list[dict]]) -> None:
     for (title, runs), column in product(scores.items(), columns):
         _, half = paired_difference(runs, scores["base"], column)
         series[title].append((statistics.mean(run[column] for run in runs), half))
+    title = "Share of cases that are exactly right"
     note = "Error bars: 95% interval of the difference to the base, over seeds."
-    figures.bars(
-        columns, series, ASSETS / "bars.svg", "Share of cases that are exactly right", note
-    )
+    figures.bars(columns, series, ASSETS / "bars.svg", title, note)
 
 
 def plot_differences(scores: dict[str, list[dict]]) -> None:
@@ -204,17 +204,17 @@ RECALL = ["object_recall", "object_recall_in_place"]
 SCORES = [*CATEGORIES, "overall", "dense", "edit", *RECALL, "understanding"]
 ALL_SCORES = [*SCORES, "reconstruction"]
 COPY_SCORES = ["recon_loss", "overall", "color", "attribute", "dense", *RECALL, "psnr"]
-COLOR_SCORES, LOSSES = ["recognized", "drawn"], ["own_words", "shuffled_words"]
+RECON_SCORES = [*RECALL, "reconstruction", "psnr"]
+LOSSES = ["own_words", "shuffled_words"]
 COUNTS = [f"{what}_{number}" for what in ("drawn", "counted") for number in (2, 3, 4)]
 COUNTED = [f"{number} {plural}" for plural in PLURALS[:2] for number in NUMBERS[1:]]
 CHANGES = " ".join(["main/reca", *ABLATIONS])
 PAIR = "main/pretrain main/reca"
-SIDE_BY_SIDE = evaluate.compare_reconstructions
 EXPERIMENTS = {
     "main": Experiment("main", ALL_SCORES, plot=plot_shares),
-    "broccoli": Experiment(PAIR, COLOR_SCORES, unusual_color_accuracy, compare_colors),
-    "reconstruction": Experiment("main", [*RECALL, "reconstruction", "psnr"], picture=SIDE_BY_SIDE),
-    "shuffle": Experiment(PAIR, LOSSES, shuffled_condition_loss, SIDE_BY_SIDE),
+    "broccoli": Experiment(PAIR, ["recognized", "drawn"], unusual_color_accuracy, compare_colors),
+    "reconstruction": Experiment("main", RECON_SCORES, picture=compare_reconstructions),
+    "shuffle": Experiment(PAIR, LOSSES, shuffled_condition_loss, compare_reconstructions),
     "copy": Experiment(f"{PAIR} features pixels", COPY_SCORES),
     "controls": Experiment("main own_captions dense_captions reca_sft sft_reca reca_reca", SCORES),
     "ablations": Experiment(CHANGES, SCORES, picture=None, plot=plot_differences),
@@ -246,9 +246,6 @@ def train_if_missing(row: str, seed: int, args) -> Path:
     path = Path(args.out_dir) / f"s{seed}" / name / f"{checkpoint}.pt"
     if path.with_name("results.json").exists():
         return path
-    start = []
-    if run.parent:
-        start = ["--stage", run.stage, "--init_from", str(train_if_missing(run.parent, seed, args))]
     command = [sys.executable, str(Path(__file__).with_name("train.py"))]
     if run.variant != RUNS["main"].variant:
         command = [sys.executable, __file__, "train", "--variant", name]
@@ -258,7 +255,10 @@ def train_if_missing(row: str, seed: int, args) -> Path:
     else:
         given = {"encoder": args.encoder or "clip-b16", "data_dir": args.data_dir}
         command += ["--seed", str(seed), "--eval_n", str(args.n), *shlex.split(args.train)]
-        command += start + [word.format(**given) for word in run.options.split()]
+        if run.parent:
+            parent = train_if_missing(run.parent, seed, args)
+            command += ["--stage", run.stage, "--init_from", str(parent)]
+        command += [word.format(**given) for word in run.options.split()]
     print(shlex.join(command), flush=True)
     process = subprocess.Popen(command)
     try:
@@ -324,7 +324,6 @@ def run_experiment(name: str, args) -> None:
         picture(checkpoints, list(rows), ASSETS / f"{name}.png", args.seeds[0])
 
 
-# ---------------------------------------------------------------- the command line
 def main(argv=None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["train"]:

@@ -39,8 +39,10 @@ def image_grid(
     correct          [row][group][image]: a tick below it, or a cross; an empty group: neither
     """
     rows = [[row] if isinstance(row, torch.Tensor) else row for row in rows]
-    scale = scale or max(1, round(96 / rows[0][0].shape[-1]))
-    height, width = (scale * side for side in rows[0][0].shape[-2:])
+    height, width = rows[0][0].shape[-2:]
+    scale = scale or max(1, round(96 / width))
+    height *= scale
+    width *= scale
     step = width + GAP
     lefts = [MARGIN]  # of the groups, and where the last one ends
     for group in rows[0]:

@@ -6,6 +6,7 @@
 Recognised are the layouts of transformers, OpenCLIP, timm, torchvision and DINOv2's own code, by
 names and shapes of tensors; config.json says what no tensor shows (number of heads, activation).
 Loading is strict: a tensor of the file is used once or left out by name, each of ours is filled.
+
 # D width, N patches; "source" is a name in the file, "target" our name for it
 """
 
@@ -57,15 +58,13 @@ DTYPES |= {"U8": torch.uint8, "BOOL": torch.bool}
 def find_weights(name_or_path: str) -> Path:
     """The file of weights behind a preset's name, a folder or a path."""
     path = fetch(HUB[name_or_path]) if name_or_path in HUB else Path(name_or_path)
-    if not path.exists():
-        near = " or ".join(difflib.get_close_matches(name_or_path, HUB, n=3, cutoff=0.3) or HUB)
-        raise ValueError(f"{name_or_path} is neither a path nor an encoder; did you mean {near}?")
-    if not path.is_dir():
-        return path
-    for name in WEIGHTS:
-        if (path / name).exists():
-            return path / name
-    raise ValueError(f"{path} holds none of {', '.join(WEIGHTS)}")
+    for file in (path, *(path / name for name in WEIGHTS)):
+        if file.is_file():
+            return file
+    if path.exists():
+        raise ValueError(f"{path} holds none of {', '.join(WEIGHTS)}")
+    near = " or ".join(difflib.get_close_matches(name_or_path, HUB, n=3, cutoff=0.3) or HUB)
+    raise ValueError(f"{name_or_path} is neither a path nor an encoder; did you mean {near}?")
 
 
 def fetch(repo: str) -> Path:
@@ -74,9 +73,9 @@ def fetch(repo: str) -> Path:
     name = repo.replace("/", "--")
     shared = Path(os.environ.get("HF_HUB_CACHE", home / "hub"), f"models--{name}")
     own = Path(torch.hub.get_dir(), "checkpoints", name)
-    for config in (*sorted(shared.glob("snapshots/*/config.json")), *own.glob("config.json")):
-        if any((config.parent / file).exists() for file in WEIGHTS):
-            return config.parent
+    for folder in (*sorted(shared.glob("snapshots/*")), own):
+        if (folder / "config.json").exists() and any((folder / file).exists() for file in WEIGHTS):
+            return folder
     if os.environ.get("HF_HUB_OFFLINE", "0").lower() in ("1", "true", "yes", "on"):
         raise ValueError(f"HF_HUB_OFFLINE is set, neither {shared} nor {own} has {repo}")
     own.mkdir(parents=True, exist_ok=True)
@@ -168,8 +167,7 @@ norm1            layer_norm1 ln_1
 attn.q           self_attn.q_proj attention.attention.query
 attn.k           self_attn.k_proj attention.attention.key
 attn.v           self_attn.v_proj attention.attention.value
-attn.qkv.weight  attn.in_proj_weight self_attention.in_proj_weight
-attn.qkv.bias    attn.in_proj_bias self_attention.in_proj_bias
+attn.qkv         attn.in_proj self_attention.in_proj
 attn.proj        self_attn.out_proj attention.output.dense attn.out_proj self_attention.out_proj
 attn.proj.scale  layer_scale1.lambda1 ls1.gamma
 norm2            layer_norm2 ln_2
@@ -177,15 +175,10 @@ mlp.fc1          mlp.weights_in mlp.w12 mlp.c_fc mlp.0 mlp.linear_1
 mlp.fc2          mlp.weights_out mlp.w3 mlp.c_proj mlp.3 mlp.linear_2
 mlp.fc2.scale    layer_scale2.lambda1 ls2.gamma
 norm             post_layernorm layernorm ln_post encoder.ln
-pool.probe       head.probe attn_pool.latent
-pool.qkv.weight  head.attention.in_proj_weight
-pool.qkv.bias    head.attention.in_proj_bias
-pool.q           attn_pool.q
-pool.kv          attn_pool.kv
-pool.proj        head.attention.out_proj attn_pool.proj
-pool.norm        head.layernorm attn_pool.norm
-pool.mlp.fc1     head.mlp.fc1 attn_pool.mlp.fc1
-pool.mlp.fc2     head.mlp.fc2 attn_pool.mlp.fc2
+pool.probe       pool.latent
+pool.qkv         pool.attention.in_proj
+pool.proj        pool.attention.out_proj
+pool.norm        pool.layernorm
 proj             visual_projection
 proj.transposed  proj
 """)
@@ -203,6 +196,8 @@ LEFT_OUT = re.compile(
 def target_name(source: str) -> str:
     """Our name for a tensor: the prefix goes, the block and the last part (weight, bias) stay."""
     number, name = BLOCK.fullmatch(PREFIX.sub("", source, count=1)).groups()
+    name = re.sub(r"^(head|attn_pool)\.", "pool.", name)  # transformers, timm
+    name = name.replace("in_proj_", "in_proj.")  # as nn.MultiheadAttention names its parameters
     block = f"blocks.{number}." if number else ""
     if name in NAMES:
         return block + NAMES[name]
@@ -225,7 +220,6 @@ def rename_keys(tensors: Tensors) -> Tensors:
 
 
 # ---- Recognising an architecture
-
 CLIP = CLIP_STATS | {"norm_eps": 1e-5}
 ANTIALIAS = {"pos_resize": "antialias"}
 # A family, some of its tensors, by which it is known, and what no tensor shows. The first counts.
@@ -259,8 +253,7 @@ pool        global_pool
 """)
 CONFIG_VALUES = {"gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
 CONFIG_VALUES |= {"token": "cls", "avg": "mean", "map": "attention", "": "none"}
-TIMM_TANH = r"vit_(giantopt|base_patch32|so400m_patch16)\w*siglip"
-TIMM_TANH += r"|vit_large_patch16_siglip(_gap)?_512"
+TIMM_TANH = r"vit_((giantopt|base_patch32|so400m_patch16)\w*siglip|large_patch16_siglip(_gap)?_512)"
 
 
 def stated_fields(config: dict) -> dict:
@@ -313,35 +306,22 @@ def last_axes(named: Tensors, name: str, ndim: int) -> torch.Size:
     return named[name].shape[-ndim:]
 
 
-def shown_config(tensors: Tensors, named: Tensors, family: str) -> ViTConfig:
-    """What the names and shapes of the tensors show of the architecture."""
+def shown_fields(named: Tensors) -> dict:
+    """Fields of ViTConfig that the names and shapes of the tensors leave no choice of."""
     width, _, _, patch_size = last_axes(named, "patch_embed.weight", 4)
-    fc1_width, _ = last_axes(named, "blocks.0.mlp.fc1.weight", 2)
     _, mlp_width = last_axes(named, "blocks.0.mlp.fc2.weight", 2)
-    depth = len({name.split(".")[1] for name in named if name.startswith("blocks.")})
-    # Class token and registers are too few for the count of positions to reach the next square.
-    grid = math.isqrt(last_axes(named, "positions", 2)[0])
-    heads = HEADS.get(width, 0 if width % 64 else width // 64)
-    cfg = ViTConfig(family, grid * patch_size, patch_size, width, depth, heads, mlp_width)
-    cfg.cls_token = "cls_token" in named
-    cfg.qkv_bias = "blocks.0.attn.q.bias" in named or "blocks.0.attn.qkv.bias" in named
-    cfg.norm_pre = "norm_pre.weight" in named
-    cfg.fc_norm = "fc_norm.weight" in named
-    if fc1_width == 2 * mlp_width:
-        cfg.act = "swiglu"
-    if "registers" in named:
-        cfg.registers = last_axes(named, "registers", 2)[0]
-    if "pool.probe" in named:
-        cfg.pool = "attention"
-    elif not cfg.cls_token:
-        cfg.pool = "none" if family.startswith("SigLIP") else "mean"
+    shown = {"width": width, "patch_size": patch_size, "mlp_width": mlp_width}
+    shown["depth"] = len({name.split(".")[1] for name in named if name.startswith("blocks.")})
+    shown["cls_token"] = "cls_token" in named
+    shown["registers"] = last_axes(named, "registers", 2)[0] if "registers" in named else 0
+    shown["qkv_bias"] = "blocks.0.attn.q.bias" in named or "blocks.0.attn.qkv.bias" in named
+    shown["norm_pre"] = "norm_pre.weight" in named
+    shown["fc_norm"] = "fc_norm.weight" in named
     if "proj.weight" in named:
-        cfg.out_width = last_axes(named, "proj.weight", 2)[0]
+        shown["out_width"] = last_axes(named, "proj.weight", 2)[0]
     elif "proj.transposed" in named:
-        cfg.out_width = last_axes(named, "proj.transposed", 2)[1]
-    elif "logit_scale" in tensors and family.startswith("CLIP"):
-        raise ValueError("its projection, visual_projection.weight or visual.proj, is missing")
-    return cfg
+        shown["out_width"] = last_axes(named, "proj.transposed", 2)[1]
+    return shown
 
 
 def infer_config(tensors: Tensors, named: Tensors, stated: dict) -> ViTConfig:
@@ -351,16 +331,25 @@ def infer_config(tensors: Tensors, named: Tensors, stated: dict) -> ViTConfig:
     if not known:
         raise ValueError(f"no layout that is known here: {', '.join(sorted(tensors)[:6])}")
     family, _, conventions = known[0]
-    shown = shown_config(tensors, named, family)
-    for field in ("width", "depth", "patch_size", "mlp_width", "registers"):
-        size = getattr(shown, field)
-        if stated.get(field, size) != size:
-            raise ValueError(f"{field} = {stated[field]} in the config, but tensors show {size}")
-    cfg = replace(shown, **conventions | stated)
-    if shown.act == "swiglu":
+    shown = shown_fields(named)
+    for field, value in shown.items():
+        if stated.get(field, value) != value:
+            raise ValueError(f"{field} = {stated[field]} in the config, but tensors show {value}")
+    if family.startswith("CLIP") and "logit_scale" in tensors and "out_width" not in shown:
+        raise ValueError("its projection, visual_projection.weight or visual.proj, is missing")
+    cfg = ViTConfig(family, **shown)
+    # Class token and registers are too few for the count of positions to reach the next square.
+    grid = math.isqrt(last_axes(named, "positions", 2)[0])
+    cfg.image_size = grid * cfg.patch_size
+    cfg.heads = HEADS.get(cfg.width, 0 if cfg.width % 64 else cfg.width // 64)
+    if "pool.probe" in named:
+        cfg.pool = "attention"
+    elif not cfg.cls_token:
+        cfg.pool = "none" if family.startswith("SigLIP") else "mean"
+    cfg = replace(cfg, **conventions | stated)
+    if last_axes(named, "blocks.0.mlp.fc1.weight", 2)[0] == 2 * cfg.mlp_width:
         cfg.act = "swiglu"
     # The native size need not be a multiple of the patch, but the grid has to agree.
-    grid = shown.image_size // shown.patch_size
     if cfg.image_size // cfg.patch_size != grid:
         raise ValueError(f"image_size = {cfg.image_size} in the config, {grid} x {grid} positions")
     if cfg.heads < 1 or cfg.width % cfg.heads:
@@ -502,11 +491,10 @@ def encoder_hash(encoder: ViT) -> str:
 
 
 def main() -> None:
-    """Show what an encoder is and, for each IMG, what it sees: IMG_pca.png."""
+    """Show what an encoder is and, for each image, what it sees: IMAGE_pca.png."""
     parser = argparse.ArgumentParser(description=main.__doc__)
-    add = parser.add_argument
-    add("encoder", metavar="NAME_OR_PATH", help=f"{', '.join(HUB)}, or a file or folder of weights")
-    add("images", metavar="IMG", nargs="*", help="a photograph; its picture goes beside it")
+    parser.add_argument("encoder", help=f"{', '.join(HUB)}, or a file or folder of weights")
+    parser.add_argument("images", nargs="*", help="photographs; the picture of each goes beside it")
     args = parser.parse_args()
     encoder = load_encoder(args.encoder)
     facts = [f"{field} {value}" for field, value in asdict(encoder.cfg).items()]

@@ -128,7 +128,7 @@ def run_blank(b: Blank, handed: Submission, source: str, folder: Path, job: dict
 def run_tests(body: Body, folder: Path, job: dict) -> dict:
     """What run_blank.py prints of a blank; how it ended alone if it printed nothing."""
     job = job | {"folder": str(folder), "name": body.blank.name, "tests": body.blank.tests}
-    job |= {"path": body.path, "source": str(folder / "submitted.txt")}
+    job |= {"grader": os.getpid(), "path": body.path, "source": str(folder / "submitted.txt")}
     command = [sys.executable, "-I", "-B", str(HERE / "run_blank.py"), json.dumps(job)]
     pipe = subprocess.PIPE
     env = environment(folder / "tmp")

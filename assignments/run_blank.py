@@ -38,12 +38,13 @@ def main() -> None:
 
 def watch(job: dict, report: int) -> str:
     """Starts the confined process, and leaves nothing of it behind. Returns how it ended."""
+    watcher = os.getpid()
     child = os.fork()
     if child == 0:
         code = 70
         try:
             os.setsid()
-            code = test(job, report)
+            code = test(job, report, watcher)
         finally:
             os._exit(code)
 
@@ -52,7 +53,7 @@ def watch(job: dict, report: int) -> str:
         os._exit(1)
 
     signal.signal(signal.SIGTERM, stop)
-    sandbox.prctl(sandbox.PR_SET_PDEATHSIG, signal.SIGTERM)
+    sandbox.die_with(job["grader"], signal.SIGTERM)
     ending = wait(child, job["seconds"])
     sandbox.kill_descendants(child)
     return ending
@@ -87,7 +88,7 @@ def read_report(file) -> list[dict]:
 # ---------------------------------------------------------------- the confined process
 
 
-def test(job: dict, report: int) -> int:
+def test(job: dict, report: int, watcher: int) -> int:
     """Confines itself, then imports pytest and the student's code. Returns its exit code."""
     folder = Path(job["folder"])
     nowhere = os.open(os.devnull, os.O_WRONLY)
@@ -95,6 +96,7 @@ def test(job: dict, report: int) -> int:
     os.dup2(nowhere, 2)
     os.chdir(folder)
     walls = sandbox.confine(folder, job["user"], job["seconds"], job["memory"])
+    sandbox.die_with(watcher, signal.SIGKILL)  # after `confine`, where another user id forgets it
     sys.path[:0] = [str(folder), str(folder / "tests")]
 
     import pytest

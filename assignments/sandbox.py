@@ -49,6 +49,13 @@ def prctl(*args: int) -> None:
         libc.prctl(*args, 0, 0, 0)
 
 
+def die_with(parent: int, number: int) -> None:
+    """This process gets a signal when its parent ends, also where that has ended already."""
+    prctl(PR_SET_PDEATHSIG, number)
+    if os.getppid() != parent:
+        os.kill(os.getpid(), number)
+
+
 def confine(folder: Path, user: int, seconds: float, memory: int) -> str:
     """Confines this process to a folder, for good; its tmp alone can be written to.
 
@@ -70,7 +77,6 @@ def confine(folder: Path, user: int, seconds: float, memory: int) -> str:
             switch_user(user, read_all=bool(walls))
             resource.setrlimit(resource.RLIMIT_NPROC, (MAX_PROCESSES, MAX_PROCESSES))
             walls.append(f"user id {user}")
-    prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     return " and ".join(walls) or "the grader's own user, without walls"
 
 

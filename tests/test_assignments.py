@@ -119,7 +119,7 @@ def test_a_handout_holds_what_it_imports_and_nothing_of_the_teachers(assignment,
     make(assignment, out)
     names = {path.name for path in out.rglob("*")}
     teachers = {"wrong_bodies.py", "test_assignments.py", "make.py", "grade.py", "leaks.py"}
-    teachers |= {"teacher.md", "answers.py"}
+    teachers |= {"teacher.md", "answers.py", "probes.py", "bodies.py", "canary.py"}
     assert not teachers & names
     assert not [name for name in names if name.startswith((".git", "__pycache__"))]
     tests = {path.name for path in (out / "tests").glob("test_*.py")}

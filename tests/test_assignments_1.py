@@ -348,6 +348,7 @@ def test_each_tensor_gets_our_name():
     assert sorted(renamed) == sorted(names.values()), "names are those of target_name"
     for source, target in names.items():
         assert torch.equal(renamed[target], tensors[source]), f"{source} has to become {target}"
+        assert renamed[target].dtype == tensors[source].dtype, "tensors stay as they are"
     assert tensors == before, "the argument stays as it was"
 
 

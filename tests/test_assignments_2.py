@@ -445,7 +445,7 @@ def test_text_loss_is_the_mean_over_all_words():
     from recon_loss import text_loss
 
     torch.manual_seed(0)
-    model, prefix = Bigrams(), torch.randn(3, 2, 5)
+    model, prefix = Bigrams(), 4 * torch.randn(3, 2, 5)
     total, count = 0.0, 0
     for row, words in enumerate([[4, 2], [3, 4, 2], [3, 3, 4, 2]]):
         scores = prefix[row, -1]

@@ -373,11 +373,11 @@ def processes_in(folder: Path) -> list[str]:
 @needs_walls
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_a_grader_that_is_killed_leaves_zeros_and_no_process(number, tmp_path, outside):
-    submit(tmp_path / "mine", 1, {})
+    submit(tmp_path / "mine", 1, {"encoder.Attention.forward": "while True:\n    pass"})
     path = tmp_path / "results.json"
     command = [sys.executable, GRADE, "1", tmp_path / "mine", "--json", path]
     grader = subprocess.Popen(command, env=os.environ | {"TMPDIR": str(outside)})
-    wait_for(lambda: any("encoder." in cwd for cwd in processes_in(outside)))
+    wait_for(lambda: any("encoder.Attention" in cwd for cwd in processes_in(outside)))
     grader.send_signal(number)
     grader.wait()
     results = json.loads(path.read_text())

@@ -1,4 +1,4 @@
-"""pretrained.py and hub.py: parity with the real libraries, strict loading, damaged files, the hub.
+"""pretrained.py: parity with the real libraries, strict loading, damaged files, the hub.
 
     python -m pytest tests/test_pretrained.py
 

@@ -198,6 +198,10 @@ a clash of equal tensors is overlooked
 -     if target in named:
 +     if target in named and named[target] is not tensor:
 
+tensors are cast
+-     named[target] = tensor
++     named[target] = tensor.half()
+
 only one name in the error
 -         raise ValueError(f"{source} and {origin[target]} are one tensor of the encoder")
 +         raise ValueError(f"{target} is one tensor of the encoder, of {source}")
@@ -755,6 +759,10 @@ the mean of the rows' means
 - return word_cross_entropy(logits, words)
 + rows = [word_cross_entropy(logits[i : i + 1], words[i : i + 1]) for i in range(len(words))]
 + return torch.stack(rows).mean()
+
+logits are clamped
+- return word_cross_entropy(logits, words)
++ return word_cross_entropy(logits.clamp(-5, 5), words)
 
 the prefix without a gradient
 - logits = model.text_logits(prefix, words[:, :-1])  # (B, T - 1, V)
