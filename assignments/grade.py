@@ -56,6 +56,7 @@ UNFINISHED = "grading did not come to its end; see the grader's log"
 
 running = set()  # processes of run_blank.py, to be stopped with this one
 stopping = threading.Event()
+parsing = threading.Lock()  # Python 3.11 raises SystemError where two threads parse at a time
 
 
 # ---------------------------------------------------------------- a blank's folder
@@ -110,10 +111,11 @@ def run_blank(b: Blank, handed: Submission, source: str, folder: Path, job: dict
     began = time.monotonic()
     body, result = Body(b), None
     try:
-        body = take(b, handed, source)
         own = folder / b.name
-        if not body.problem:
-            build(body, folder / "reference", source, own)
+        with parsing:
+            body = take(b, handed, source)
+            if not body.problem:
+                build(body, folder / "reference", source, own)
         if not body.problem:
             own.chmod(0o755 if os.getuid() else 0o750)
             if os.getuid() == 0:
@@ -187,7 +189,8 @@ def grade(assignment: int, path: Path, seconds: float, memory: int) -> dict:
                 args = (b, handed, sources[b.file], folder, job)
                 futures.append(pool.submit(run_blank, *args))
             try:
-                outside = changed_outside(blanks, handed, folder / "handout")
+                with parsing:
+                    outside = changed_outside(blanks, handed, folder / "handout")
                 reference = json.loads(oracle.communicate()[0])
                 for name, found in reference.items():
                     assert "error" not in found, f"the probe of {name}: {found['error']}"

@@ -1,6 +1,7 @@
 """assignments/grade.py: a mistake costs what it is worth, a trick everything, and there is always a
 results.json."""
 
+import ast
 import contextlib
 import json
 import os
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import textwrap
+import threading
 import time
 from pathlib import Path
 
@@ -63,7 +65,24 @@ def by_name(results: dict) -> dict:
 # ---------------------------------------------------------------- honest submissions
 
 
-def test_a_right_submission_has_all_points(tmp_path):
+@pytest.fixture
+def one_parse_at_a_time(monkeypatch):
+    """Fails where two threads parse at once, for which Python 3.11 raises SystemError at times."""
+    busy = threading.Lock()
+    parse = ast.parse
+
+    def checked(*args, **options):
+        assert busy.acquire(blocking=False), "two threads parse at once"
+        try:
+            time.sleep(0.01)
+            return parse(*args, **options)
+        finally:
+            busy.release()
+
+    monkeypatch.setattr(ast, "parse", checked)
+
+
+def test_a_right_submission_has_all_points(tmp_path, one_parse_at_a_time):
     submit(tmp_path / "mine", 4, {})
     results = grade(4, tmp_path / "mine", 60, GIGABYTES)
     assert results["score"] == 50, json.dumps(results["tests"], indent=1)
