@@ -8,6 +8,7 @@ References: ViT 2010.11929, CLIP 2103.00020, SigLIP 2303.15343 and 2502.14786, D
 # B batch, C = 3 channels, N patches, T = prefix + N tokens, D width, H heads, P pooled width
 """
 
+import hashlib
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -215,3 +216,12 @@ def scratch_config(image_size, patch_size, width=128, depth=4, heads=4, out_widt
     assert width % heads == 0, f"{heads=} must divide {width=}"
     cfg = ViTConfig("scratch", image_size, patch_size, width, depth, heads, 4 * width, out_width)
     return replace(cfg, pool=pool, cls_token=pool == "cls", **HALF_STATS)
+
+
+def encoder_hash(encoder: ViT) -> str:
+    """SHA-256 of an encoder's configuration and of the names, shapes and bytes of its tensors."""
+    sha = hashlib.sha256(repr(encoder.cfg).encode())
+    for name, tensor in encoder.state_dict().items():
+        sha.update(repr((name, tuple(tensor.shape))).encode())
+        sha.update(tensor.cpu().reshape(-1).view(torch.uint8).numpy())
+    return sha.hexdigest()

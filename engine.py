@@ -26,10 +26,10 @@ import config
 from captioner import TextDecoder
 from config import LOCAL_RANK, LOCAL_WORLD_SIZE, RANK, WORLD_SIZE, exit_with_error, print0
 from data import make_dataset
-from encoder import ViT, scratch_config
+from encoder import ViT, encoder_hash, scratch_config
 from feature_cache import cache_features, encoder_fingerprint
 from model import ModelConfig, UnifiedModel, resize_for_encoder
-from pretrained import encoder_hash, load_encoder
+from pretrained import load_encoder
 from sample import FORMAT, read_checkpoint
 
 try:

@@ -11,8 +11,8 @@ from torch.utils.data import BatchSampler, Dataset
 from tqdm import tqdm
 
 from data import make_loader
+from encoder import encoder_hash
 from folders import default_cache_dir
-from pretrained import encoder_hash
 
 BLOCK = 128  # images that are encoded, and marked as done, at once
 SAME_FEATURES = 0.2  # relative error. CLIP: rounding to bfloat16 0.08, another resizing 0.5

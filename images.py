@@ -76,3 +76,15 @@ def read_images(paths: list[str], size: int) -> torch.Tensor:
         except Exception as error:  # Pillow's plugins raise nearly anything
             raise ValueError(f"cannot read the image {path}: {error}") from None
     return to_tensor(images)
+
+
+def read_whole_image(path: str, side: int, patch_size: int, max_aspect: int = 8) -> torch.Tensor:
+    """(1, 3, H, W) in [0, 1]: not cropped, the shorter side about `side`; whole patches."""
+    try:
+        image = open_rgb(path)
+    except Exception as error:  # Pillow's plugins raise nearly anything
+        raise ValueError(f"cannot read the image {path}: {error}") from None
+    shorter = max(min(image.size), max(image.size) / max_aspect)
+    scale = side / shorter / patch_size  # patches a pixel
+    size = [max(1, round(pixels * scale)) * patch_size for pixels in image.size]
+    return to_tensor([image.resize(size, Image.Resampling.BICUBIC)])

@@ -12,7 +12,6 @@ Loading is strict: a tensor of the file is used once or left out by name, each o
 
 import argparse
 import difflib
-import hashlib
 import json
 import math
 import mmap
@@ -32,7 +31,7 @@ from PIL import Image
 from torch import Tensor
 
 from encoder import ACTIVATIONS, CLIP_STATS, HALF_STATS, POOLS, ViT, ViTConfig
-from images import open_rgb, to_tensor
+from images import read_whole_image
 
 Tensors = dict[str, Tensor]
 HUB = {  # preset -> repository on the public hub; -reg: with registers
@@ -445,18 +444,6 @@ def load_encoder(name_or_path: str | Path, dtype: torch.dtype = torch.float32) -
 
 
 # ---- What the encoder sees
-def load_image(path: str, cfg: ViTConfig, max_aspect: int = 8) -> Tensor:
-    """The whole picture, (1, 3, H, W) in [0, 1], the shorter side about cfg.image_size."""
-    try:
-        image = open_rgb(path)
-    except Exception as error:  # Pillow raises nearly anything for a damaged file
-        raise ValueError(f"{path} is no image that can be read ({error})") from None
-    shorter = max(min(image.size), max(image.size) / max_aspect)
-    scale = cfg.image_size / shorter / cfg.patch_size  # patches a pixel
-    size = [max(1, round(side * scale)) * cfg.patch_size for side in image.size]
-    return to_tensor([image.resize(size, Image.Resampling.BICUBIC)])
-
-
 def pca_colors(tokens: Tensor) -> Tensor:
     """(N, D) -> (N, 3) in [0, 1]: three principal components as colors (arXiv 2304.07193)."""
     tokens = tokens - tokens.mean(dim=0)
@@ -471,7 +458,7 @@ def pca_colors(tokens: Tensor) -> Tensor:
 def draw_pca(encoder: ViT, path: str) -> None:
     """Write the picture beside the colors of its patch tokens, as PATH_pca.png."""
     p = encoder.cfg.patch_size
-    image = load_image(path, encoder.cfg)  # (1, 3, H, W)
+    image = read_whole_image(path, encoder.cfg.image_size, p)  # (1, 3, H, W)
     with torch.inference_mode():
         colors = pca_colors(encoder(image).patch_tokens[0].float())  # (N, 3)
     drawn = repeat(colors, "(h w) c -> (h p) (w q) c", h=image.shape[2] // p, p=p, q=p)
@@ -479,15 +466,6 @@ def draw_pca(encoder: ViT, path: str) -> None:
     out = Path(path).with_name(f"{Path(path).stem}_pca.png")
     Image.fromarray((both * 255).byte().numpy()).save(out)
     print(f"{out}: the image, and its patch tokens' first three principal components")
-
-
-def encoder_hash(encoder: ViT) -> str:
-    """SHA-256 of an encoder's configuration and of the names, shapes and bytes of its tensors."""
-    sha = hashlib.sha256(repr(encoder.cfg).encode())
-    for name, tensor in encoder.state_dict().items():
-        sha.update(repr((name, tuple(tensor.shape))).encode())
-        sha.update(tensor.cpu().reshape(-1).view(torch.uint8).numpy())
-    return sha.hexdigest()
 
 
 def main() -> None:

@@ -19,12 +19,12 @@ from functools import cached_property
 import torch
 import torch.nn.functional as F
 
-from encoder import ViT, ViTConfig
+from encoder import ViT, ViTConfig, encoder_hash
 from figures import image_grid
 from images import read_images
 from model import ModelConfig, UnifiedModel
 from paradigms import ImageNoise, Sampling
-from pretrained import encoder_hash, load_encoder
+from pretrained import load_encoder
 from words import BOS, EOS, PAD, Vocabulary
 
 FORMAT = 2  # of a checkpoint; raised whenever names of tensors or configuration change
