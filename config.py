@@ -5,6 +5,7 @@ import os
 import sys
 import textwrap
 from argparse import SUPPRESS, ArgumentParser, BooleanOptionalAction, RawDescriptionHelpFormatter
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from functools import cache
 from pathlib import Path
@@ -110,7 +111,22 @@ def exit_with_error(message: str):
     raise SystemExit(2)
 
 
+@contextmanager
+def user_errors():
+    """A ValueError or OSError inside is a user's mistake."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        exit_with_error(str(error))
+
+
 class Parser(ArgumentParser):
+    """Shows a description as it stands; ends with a sentence for what it cannot parse."""
+
+    def __init__(self, **options):
+        form = RawDescriptionHelpFormatter
+        super().__init__(formatter_class=form, allow_abbrev=False, **options)
+
     def error(self, message):
         unknown = message.partition("unrecognized arguments: ")[2].replace("=", " ").split(" ")[0]
         near = difflib.get_close_matches(unknown, self._option_string_actions, 1)
@@ -125,7 +141,7 @@ def parse_config(argv, description: str = "") -> tuple[Config, dict]:
         changes = " ".join(f"--{key} {value}" for key, value in preset.items())
         epilog += "\n" + textwrap.fill(f"  {name}: {changes}", 96, subsequent_indent="    ")
     texts = {"usage": "%(prog)s [options]", "description": description, "epilog": epilog}
-    parser = Parser(allow_abbrev=False, formatter_class=RawDescriptionHelpFormatter, **texts)
+    parser = Parser(**texts)
     group = cache(parser.add_argument_group)  # makes each once
     for f in fields(Config):
         kind = {"type": f.type, "choices": f.metadata["choices"]}

@@ -26,11 +26,9 @@ from their captions (t2i_); cosine of a photograph and its image, frechet (FID's
 # B batch, G cells of an image, A backgrounds, C contents of a cell, P pooled features
 """
 
-import argparse
 import json
 import math
 import random
-import sys
 from collections import Counter, defaultdict
 from pathlib import Path
 
@@ -40,6 +38,7 @@ from einops import rearrange
 from tqdm import tqdm
 
 import shapes
+from config import Parser, user_errors
 from data import make_dataset
 from figures import image_grid
 from model import resize_for_encoder
@@ -394,8 +393,7 @@ def compare_reconstructions(checkpoints: list, names: list[str], path, seed: int
 
 
 def main(argv=None) -> None:
-    form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form, allow_abbrev=False)
+    parser = Parser(description=__doc__)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     add = parser.add_argument
     add("--ckpt", nargs="+", required=True, help="one or more checkpoints of train.py")
@@ -406,9 +404,9 @@ def main(argv=None) -> None:
     add("--encoder", default="", help="where the encoder's public weights are, if moved")
     add("--device", default=device, help=f"({device})")
     args = parser.parse_args(argv)
-    try:
-        if args.n < 1:
-            raise ValueError(f"--n is {args.n}, it must be at least 1")
+    if args.n < 1:
+        parser.error(f"--n is {args.n}, it must be at least 1")
+    with user_errors():
         results = {}
         for path in args.ckpt:
             loaded = Checkpoint(path, args.device, encoder=args.encoder)
@@ -417,9 +415,6 @@ def main(argv=None) -> None:
         print(table(results))
         if args.json:
             write_json(args.json, results)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
 
 
 if __name__ == "__main__":

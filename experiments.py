@@ -8,7 +8,6 @@ An experiment trains what is not there yet, goes on where it was stopped, scores
 draws assets/bars.svg too, and ablations assets/ablations.svg.
 """
 
-import argparse
 import json
 import random
 import shlex
@@ -28,7 +27,7 @@ import evaluate
 import figures
 import shapes
 import train
-from config import exit_with_error
+from config import Parser, user_errors
 from evaluate import CATEGORIES, DISTANCES, TITLES, compare, compare_reconstructions
 from recon_loss import image_loss
 from sample import Checkpoint
@@ -327,13 +326,12 @@ def run_experiment(name: str, args) -> None:
 def main(argv=None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["train"]:
-        parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        parser = Parser(add_help=False)
         names = [name for name, run in RUNS.items() if run.variant != RUNS["main"].variant]
         parser.add_argument("--variant", choices=names, required=True)
         args, options = parser.parse_known_args(argv[1:])
         return train.main(options, *RUNS[args.variant].variant)
-    form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form, allow_abbrev=False)
+    parser = Parser(description=__doc__)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     add = parser.add_argument
     add("name", choices=EXPERIMENTS, help="what to train, score and draw")
@@ -347,15 +345,13 @@ def main(argv=None) -> None:
     add("--data_dir", default="", help="where the photographs are, train/ and val/")
     add("--device", default=device, help=f"({device})")
     args = parser.parse_args(argv)
-    try:
-        if args.n < 1:
-            raise ValueError(f"--n is {args.n}, it must be at least 1")
-        different = len(set(args.seeds)) == len(args.seeds) <= len(T95) + 1
-        if not different or min(args.seeds) < 0:
-            raise ValueError(f"--seeds: give one to {len(T95) + 1} different seeds, at least 0")
+    if args.n < 1:
+        parser.error(f"--n is {args.n}, it must be at least 1")
+    is_different = len(set(args.seeds)) == len(args.seeds) <= len(T95) + 1
+    if not is_different or min(args.seeds) < 0:
+        parser.error(f"--seeds: give one to {len(T95) + 1} different seeds, at least 0")
+    with user_errors():
         run_experiment(args.name, args)
-    except (ValueError, OSError) as error:
-        exit_with_error(str(error))
 
 
 if __name__ == "__main__":

@@ -10,15 +10,14 @@ The samplers of images stand in paradigms.py, beside the losses that they belong
 # B batch, T prefix length, K visual words, D width, V words
 """
 
-import argparse
 import os
-import sys
 from dataclasses import fields, replace
 from functools import cached_property
 
 import torch
 import torch.nn.functional as F
 
+from config import Parser, user_errors
 from encoder import ViT, ViTConfig, encoder_hash
 from figures import image_grid
 from images import read_images
@@ -205,16 +204,9 @@ class Checkpoint:
 
 
 # ---------------------------------------------------------------- the command line
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise ValueError(f"{message} (python sample.py --help lists the options)")
-
-
 def parse_args(argv):
-    """The command line; raises ValueError for a wrong one."""
     devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
-    form = argparse.RawDescriptionHelpFormatter
-    parser = Parser(description=__doc__, formatter_class=form, allow_abbrev=False)
+    parser = Parser(description=__doc__)
     add = parser.add_argument
     add("--ckpt", required=True, help="checkpoint of train.py")
     add("--prompt", help="what to generate, or the instruction of --edit")
@@ -283,11 +275,8 @@ def run(args):
 
 
 def main(argv=None):
-    try:
+    with user_errors():
         run(parse_args(argv))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
 
 
 if __name__ == "__main__":

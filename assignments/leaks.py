@@ -15,6 +15,7 @@ import re
 import tokenize
 from collections.abc import Iterator
 from difflib import SequenceMatcher
+from functools import cache
 from pathlib import Path
 
 TWIN = 3  # like statements in a row
@@ -125,10 +126,8 @@ def functions(tree: ast.Module) -> Iterator[tuple[str, list[ast.AST]]]:
     yield "the file's own lines", list(statements(rest))
 
 
-def prose(path: Path, text: str) -> str:
-    """What a file says that is no code: comments and strings, or all of it."""
-    if path.suffix != ".py":
-        return text
+def prose(text: str) -> str:
+    """What Python says that is no code: comments and strings."""
     parts = []
     for token in tokenize.generate_tokens(io.StringIO(text).readline):
         if token.type == tokenize.COMMENT:
@@ -167,23 +166,41 @@ class Body:
         return any(are_like(mine, theirs) for mine in self.triples for theirs in triples)
 
 
+@cache  # most files are the same in all hand-outs
+def leaks_of(suffix: str, text: str, body: Body) -> list[str]:
+    """Where a file shows the body of a blank."""
+    leaks = []
+    if body.words in said(suffix, text):
+        leaks.append(f" says the body of {body.name}")
+    for function, nodes, triples in parse(text) if suffix == ".py" else ():
+        if body.is_in(nodes):
+            leaks.append(f", {function}: the body of {body.name}")
+        elif body.has_twin(triples):
+            leaks.append(f", {function}: a twin of {body.name}")
+    return leaks
+
+
+@cache
+def said(suffix: str, text: str) -> str:
+    return words(prose(text) if suffix == ".py" else text)
+
+
+@cache
+def parse(text: str) -> list[tuple]:
+    """Each function of a file: its name, its statements, and three in a row as their words."""
+    found = []
+    for function, nodes in functions(ast.parse(text)):
+        found.append((function, nodes, list(windows([shape(node) for node in nodes], TWIN))))
+    return found
+
+
 def find_leaks(folder: Path, bodies: list[Body]) -> list[str]:
     """A line for each place of a hand-out that shows the body of a blank."""
     leaks = []
     for path in sorted(folder.rglob("*")):
-        if path.suffix not in (".py", *PROSE) or not path.is_file():
-            continue
-        text = path.read_text("utf-8")
-        where = path.relative_to(folder)
-        said = words(prose(path, text))
-        leaks += [f"{where} says the body of {b.name}" for b in bodies if b.words in said]
-        if path.suffix != ".py":
-            continue
-        for function, nodes in functions(ast.parse(text)):
-            triples = list(windows([shape(node) for node in nodes], TWIN))
+        if path.suffix in (".py", *PROSE) and path.is_file():
+            text = path.read_text("utf-8")
             for body in bodies:
-                if body.is_in(nodes):
-                    leaks.append(f"{where}, {function}: the body of {body.name}")
-                elif body.has_twin(triples):
-                    leaks.append(f"{where}, {function}: a twin of {body.name}")
+                found = leaks_of(path.suffix, text, body)
+                leaks += [f"{path.relative_to(folder)}{leak}" for leak in found]
     return leaks

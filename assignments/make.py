@@ -20,6 +20,7 @@ import sys
 import tempfile
 import textwrap
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -358,13 +359,15 @@ def copy(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
+@cache
+def solution(b: Blank) -> Body:
+    source = (ROOT / b.file).read_text("utf-8")
+    return Body(b.name, body_of(source, b.function), find(source, b.function))
+
+
 def bodies_of(assignment: int) -> list[Body]:
     """The bodies that the hand-out of an assignment must not show."""
-    bodies = []
-    for b in left_blank(assignment):
-        source = (ROOT / b.file).read_text("utf-8")
-        bodies.append(Body(b.name, body_of(source, b.function), find(source, b.function)))
-    return bodies
+    return [solution(b) for b in left_blank(assignment)]
 
 
 def check() -> list[str]:

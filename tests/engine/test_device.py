@@ -7,13 +7,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from train_helpers import ONE_STEP, ROOT, TINY, assert_same, make_state, run, weights
 
 import engine
 import evaluate
 import train
 from config import Config, parse_config, validate
 from engine import DeviceConfig, count_flops, wrap_model
+from train_helpers import ONE_STEP, ROOT, TINY, assert_same, make_state, run, weights
 
 
 @pytest.fixture

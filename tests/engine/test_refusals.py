@@ -8,6 +8,11 @@ from unittest.mock import patch
 import pytest
 import torch
 from torch import nn
+
+import train
+from config import Config, parse_config, validate
+from engine import find_states
+from sample import FORMAT
 from train_helpers import (
     ENCODERS,
     ONE_STEP,
@@ -19,11 +24,6 @@ from train_helpers import (
     run,
     weights,
 )
-
-import train
-from config import Config, parse_config, validate
-from engine import find_states
-from sample import FORMAT
 
 
 def write_file(path, data=b"no picture"):

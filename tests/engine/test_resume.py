@@ -115,12 +115,17 @@ def kill_runs(kills: int, number: int, seed: int) -> dict:
     return {"kills": done, "starts": starts, "within a save": in_save, "after": moments}
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_killed_and_resumed_ends_bit_exactly(number):
-    command = [sys.executable, __file__, "--kills", "4", "--signal", str(int(number))]
+def test_killed_and_resumed_ends_bit_exactly():
+    """By SIGKILL, and beside it by SIGTERM."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stdout + done.stderr
+    both = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    processes = []
+    for number in (signal.SIGKILL, signal.SIGTERM):
+        command = [sys.executable, __file__, "--kills", "4", "--signal", str(int(number))]
+        processes.append(subprocess.Popen(command, env=environment, **both))
+    for process in processes:
+        printed, _ = process.communicate()
+        assert process.returncode == 0, printed
 
 
 def test_a_second_signal_stops_at_once():

@@ -6,6 +6,13 @@ import pytest
 import torch
 from torch import nn
 from torch._dynamo.utils import counters
+
+import engine
+import train
+from config import parse_config
+from encoder import ViT, scratch_config
+from model import ModelConfig, UnifiedModel
+from sample import Checkpoint
 from train_helpers import (
     ONE_STEP,
     STEPS,
@@ -17,13 +24,6 @@ from train_helpers import (
     run,
     weights,
 )
-
-import engine
-import train
-from config import parse_config
-from encoder import ViT, scratch_config
-from model import ModelConfig, UnifiedModel
-from sample import Checkpoint
 
 PRETRAIN = ["--stage", "pretrain"]
 
