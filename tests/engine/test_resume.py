@@ -123,9 +123,9 @@ def test_killed_and_resumed_ends_bit_exactly():
     for number in (signal.SIGKILL, signal.SIGTERM):
         command = [sys.executable, __file__, "--kills", "4", "--signal", str(int(number))]
         processes.append(subprocess.Popen(command, env=environment, **both))
-    for process in processes:
-        printed, _ = process.communicate()
-        assert process.returncode == 0, printed
+    printed = [process.communicate()[0] for process in processes]  # both end before a check
+    for process, text in zip(processes, printed, strict=True):
+        assert process.returncode == 0, text
 
 
 def test_a_second_signal_stops_at_once():
