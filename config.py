@@ -1,18 +1,15 @@
 """The options of train.py: one dataclass, the command line made from it, and the checks of both."""
 
-import difflib
 import os
-import sys
 import textwrap
-from argparse import SUPPRESS, ArgumentParser, BooleanOptionalAction, RawDescriptionHelpFormatter
-from contextlib import contextmanager
+from argparse import SUPPRESS, BooleanOptionalAction
 from dataclasses import asdict, dataclass, field, fields
 from functools import cache
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
+from cli import WORLD_SIZE, Parser, exit_with_error
 from data import DATASETS
 from model import ModelConfig
 from paradigms import PARADIGMS
@@ -22,12 +19,6 @@ STAGE_NAMES = ["encoder", "pretrain", "align", "sft", "reca"]  # in the order of
 DEVICES = ["auto", "cpu", "cuda", "mps"]
 DTYPES = ["auto", "float32", "bfloat16", "float16"]
 
-# What torchrun tells each process of itself
-RANK = int(os.environ.get("RANK", 0))
-LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))  # on this machine
-WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
-LOCAL_WORLD_SIZE = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-
 
 def option(group: str, default, help: str, choices=None):
     return field(default=default, metadata={"group": group, "help": help, "choices": choices})
@@ -36,10 +27,11 @@ def option(group: str, default, help: str, choices=None):
 @dataclass
 class Config:
     dataset: str = option("data", "shapes", "what to train on", DATASETS)
-    data_dir: str = option("data", "", "folder of the images; imagenet: with train/ and val/")
+    data_dir: str = option("data", "", "folder of the images; empty: this one, if it has train/")
     image_size: int = option("data", 48, "side of the images, in pixels")
     text_len: int = option("data", 18, "length of a caption in words, with <bos>")
-    workers: int = option("data", -1, "loader processes; -1: none for shapes, else one a core")
+    workers: int = option("data", -1, "loader processes; -1: none for shapes, else shared cores")
+    caption_column: str = option("data", "", "column of captions; empty: text, caption, prompt ..")
     cache_dir: str = option("data", "", "folder of file lists and features; empty: ~/.cache/reca")
     cache_features: bool = option("data", False, "compute the encoder's features once; no flips")
     paradigm: str = option("model", "flow", "how images are generated", list(PARADIGMS))
@@ -80,6 +72,11 @@ class Config:
     log_every: int = option("run", 50, "steps between log lines")
     eval_n: int = option("run", 64, "prompts of each category in the report")
 
+    def __post_init__(self):
+        """Makes data_dir absolute: a checkpoint keeps it, and is used from other folders."""
+        if self.dataset != "shapes" and (self.data_dir or os.path.isdir("train")):
+            self.data_dir = os.path.abspath(os.path.expanduser(self.data_dir))
+
 
 # noise_scale: with less, nearly every t shows a photograph's layout, and captions are ignored.
 PHOTOS = dict(image_size=64, patch_size=8, noise_scale=3.0, width=384, depth=12, heads=6)
@@ -96,42 +93,6 @@ RATES = ["encoder_lr", "pretrain_lr", "align_lr", "reca_lr"]
 RESUME_OVERRIDES = {*STEPS, *RATES, "resume", "out_dir", "data_dir", "cache_dir", "workers"}
 RESUME_OVERRIDES |= {"device", "dtype", "compile", "checkpoint_activations"}
 RESUME_OVERRIDES |= {"grad_accum_steps", "save_every", "log_every", "eval_n"}
-
-
-def print0(message: str) -> None:
-    """Prints in the first process alone."""
-    if RANK == 0:
-        tqdm.write(message)
-
-
-def exit_with_error(message: str):
-    """A user's mistake: one sentence, exit code 2."""
-    where = f" in process {RANK}" if RANK else ""
-    print(f"error{where}: {message}", file=sys.stderr)
-    raise SystemExit(2)
-
-
-@contextmanager
-def user_errors():
-    """A ValueError or OSError inside is a user's mistake."""
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        exit_with_error(str(error))
-
-
-class Parser(ArgumentParser):
-    """Shows a description as it stands; ends with a sentence for what it cannot parse."""
-
-    def __init__(self, **options):
-        form = RawDescriptionHelpFormatter
-        super().__init__(formatter_class=form, allow_abbrev=False, **options)
-
-    def error(self, message):
-        unknown = message.partition("unrecognized arguments: ")[2].replace("=", " ").split(" ")[0]
-        near = difflib.get_close_matches(unknown, self._option_string_actions, 1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        exit_with_error(f"{message}{hint} (python {Path(self.prog).name} --help lists the options)")
 
 
 def parse_config(argv, description: str = "") -> tuple[Config, dict]:

@@ -1,4 +1,6 @@
-"""Data sets and their batches: `make_dataset` by name, captioned images, the loader.
+"""Data sets and their batches: `open_splits` by name, captioned images, the loader.
+
+    python data.py imagenet DIR  # or folder, cifar10: what training would see; contact_sheet.png
 
 A data set answers `__getitems__([(epoch, index), ...])` with a dictionary (B batch, T words):
 
@@ -15,8 +17,10 @@ A data set answers `__getitems__([(epoch, index), ...])` with a dictionary (B ba
     bad                list of (path, reason), image folders alone: what cannot be read
 """
 
+import copy
 import errno
 import itertools
+import json
 import os
 import random
 import signal
@@ -27,12 +31,17 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from folders import class_captions, file_fingerprint, read_folder
+from captions import class_captions
+from cli import Parser, user_errors
+from figures import contact_sheet
+from folders import Found, file_fingerprint, read_folder
 from images import center_crop_resize, decode_image, to_tensor
 from shapes import Shapes
-from words import IGNORE_INDEX, PAD, Vocabulary
+from words import IGNORE_INDEX, PAD, Vocabulary, split_words
 
+SPLITS = ("pretrain", "understand", "reca", "test")
 DATASETS = ("shapes", "imagenet", "folder", "cifar10")
+SHEET_IMAGES = 12  # of a split on the contact sheet
 NO_HANDLES = (errno.EMFILE, errno.ENFILE)  # too many open files
 
 
@@ -45,6 +54,8 @@ class PackedStrings:
         self.ends = array("q", itertools.accumulate(map(len, parts), initial=0))
 
     def __getitem__(self, i: int) -> str:
+        if i + 1 >= len(self.ends):
+            raise IndexError(i)  # which ends a loop over the strings
         return self.block[self.ends[i] : self.ends[i + 1]].decode("utf-8", "surrogatepass")
 
 
@@ -153,24 +164,57 @@ class Cifar10Images(CaptionedImages):
         return center_crop_resize(Image.fromarray(self.arrays[index]), self.image_size)
 
 
-def make_dataset(
-    name, split, data_dir="", image_size=48, seed=0, vocabulary=None, text_len=32, cache_dir=""
-) -> Dataset:
-    """The data set `name`, one of DATASETS. split: 'pretrain', 'understand', 'reca' or 'test'.
+def open_splits(
+    name,
+    data_dir="",
+    image_size=48,
+    seed=0,
+    vocabulary=None,
+    text_len=32,
+    cache_dir="",
+    caption_column="",
+) -> dict[str, Dataset]:
+    """The data set `name`, one of DATASETS, by split; all of SPLITS but 'test' are for training.
 
-    Of photographs the first three are the training images, 'test' is val/. vocabulary: that of a
-    checkpoint, else all words of the training captions. ValueError where no images can be used.
+    Of photographs these are the same images. vocabulary: that of a checkpoint, else all words of
+    the training captions. ValueError where the images of a split cannot be used.
     """
     if name not in DATASETS:
         raise ValueError(f"--dataset {name}: no such data set, there are {', '.join(DATASETS)}")
     if name == "shapes":
-        return Shapes(split, image_size, seed)
-    if split == "test" and vocabulary is None:
-        vocabulary = make_dataset(name, "pretrain", data_dir, cache_dir=cache_dir).vocabulary
-    options = (split, image_size, seed, vocabulary, text_len)
+        return {split: Shapes(split, image_size, seed) for split in SPLITS}
+    options = (image_size, seed, vocabulary, text_len)
     if name == "cifar10":
-        return Cifar10Images(data_dir, *options)
-    return CaptionedImages(*read_folder(name, split, data_dir, cache_dir), *options)
+        train = Cifar10Images(data_dir, "pretrain", *options)
+        test = Cifar10Images(data_dir, "test", image_size, seed, train.vocabulary, text_len)
+        found = Found(data_dir, {}, {}, 10, ["train and test as published"])
+    else:
+        found = read_folder(name, data_dir, cache_dir, caption_column)
+        parts = {
+            part: (found.root, found.files[part], found.captions[part]) for part in found.files
+        }
+        train = CaptionedImages(*parts["train"], "pretrain", *options)
+        options = (image_size, seed, train.vocabulary, text_len)
+        test = CaptionedImages(*parts["test"], "test", *options)
+        found.files, found.captions = {}, {}  # packed now
+    splits = {}
+    for split in SPLITS[:-1]:
+        splits[split] = copy.copy(train)
+        splits[split].split = split
+        splits[split].found = found
+    return splits | {"test": test}
+
+
+def summarize_splits(splits: dict[str, CaptionedImages]) -> list[str]:
+    """What training sees of captioned images, then what was assumed or is amiss, a line each."""
+    train, test = splits["pretrain"], splits["test"]
+    found = train.found
+    lengths = [len(split_words(line)) for text in train.texts for line in text.split("\n")]
+    cut = sum(length > train.text_len - 1 for length in lengths)
+    line = f"{found.root}: {len(train)} images to train on, {len(test)} to test on, "
+    line += f"{found.classes} classes, {len(train.vocabulary)} words, longest caption "
+    line += f"{max(lengths)} words, {cut} of {len(lengths)} cut at {train.text_len - 1}"
+    return [line, *found.facts, *found.warnings]
 
 
 def batch_indices(size, batch_size, seed, start=0, rank=0, world_size=1) -> Iterator[list]:
@@ -224,7 +268,52 @@ def batches(
         if bad_file and not bad.keys() <= named:
             with open(bad_file, "a+", encoding="utf-8", errors="surrogateescape") as file:
                 file.seek(0)
-                named |= {line.split("\t")[0] for line in file}  # by another stream or run
-                file.writelines(f"{path}\t{bad[path]}\n" for path in bad if path not in named)
+                before = {line.split("\t")[0] for line in file}  # by another stream or run
+                lines = {one_line(path): reason for path, reason in bad.items()}
+                file.writelines(f"{path}\t{lines[path]}\n" for path in lines.keys() - before)
             named |= bad.keys()
         yield batch
+
+
+def one_line(path: str) -> str:
+    """A path with tabs, newlines and quotation marks escaped as in JSON."""
+    return json.dumps(path, ensure_ascii=False)[1:-1]
+
+
+def main() -> None:
+    """Show what training would see of a data set, without training; and a contact sheet of it."""
+    parser = Parser(description=main.__doc__)
+    parser.add_argument("dataset", choices=DATASETS[1:])
+    parser.add_argument("data_dir", nargs="?", default="", help="the folder of the images")
+    parser.add_argument("--image_size", type=int, default=64, help="side of an image (64)")
+    parser.add_argument(
+        "--text_len", type=int, default=33, help="length of a caption in words (33)"
+    )
+    parser.add_argument("--caption_column", default="", help="of tables of captions")
+    parser.add_argument("--cache_dir", default="", help="folder of file lists (~/.cache/reca)")
+    parser.add_argument(
+        "--out", default="contact_sheet.png", help="the picture (contact_sheet.png)"
+    )
+    options = vars(parser.parse_args())
+    name, out = options.pop("dataset"), options.pop("out")
+    with user_errors():
+        splits = open_splits(name, **options)
+        print("\n  ".join(summarize_splits(splits)))
+        images, captions, bad = [], [], []
+        for split in ("pretrain", "test"):
+            dataset = splits[split]
+            count = min(SHEET_IMAGES, len(dataset))
+            batch = dataset.__getitems__([(0, i * len(dataset) // count) for i in range(count)])
+            texts = [dataset.vocabulary.decode(row.tolist()) for row in batch["caption"]]
+            captions += [f"{split}: {text}" for text in texts]
+            images.append(batch["image"])
+            bad += batch["bad"]
+        print("\n".join(f"  {caption}" for caption in captions[:3]))
+        for path, reason in dict.fromkeys(bad):
+            print(f"  cannot be read: {one_line(path)} ({reason})")
+        contact_sheet(torch.cat(images), captions).save(out)
+        print(f"{out}: {len(captions)} images from all over the splits, with their captions")
+
+
+if __name__ == "__main__":
+    main()

@@ -11,6 +11,7 @@ import re
 import sys
 import zipfile
 from contextlib import suppress
+from copy import copy
 from dataclasses import asdict, fields
 from functools import partial
 from pathlib import Path
@@ -24,8 +25,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import config
 from captioner import TextDecoder
-from config import LOCAL_RANK, LOCAL_WORLD_SIZE, RANK, WORLD_SIZE, exit_with_error, print0
-from data import make_dataset
+from cli import LOCAL_RANK, LOCAL_WORLD_SIZE, RANK, WORLD_SIZE, exit_with_error, print0
+from data import open_splits
 from encoder import ViT, encoder_hash, scratch_config
 from feature_cache import cache_features, encoder_fingerprint
 from model import ModelConfig, UnifiedModel, resize_for_encoder
@@ -152,6 +153,15 @@ def make_optimizers(named_parameters) -> list[torch.optim.Optimizer]:
     return [adamw, torch.optim.Muon(matrices, weight_decay=0, adjust_lr_fn="match_rms_adamw")]
 
 
+def count_workers(cfg, streams: int = 1) -> int:
+    """Loader processes of each stream of batches: the cores of this process, shared out."""
+    if cfg.workers >= 0 or cfg.dataset == "shapes":
+        return max(cfg.workers, 0)
+    has_mask = hasattr(os, "sched_getaffinity")
+    cores = len(os.sched_getaffinity(0)) if has_mask else os.cpu_count()
+    return max(1, cores // (LOCAL_WORLD_SIZE * streams))
+
+
 def micro_batch(batch: dict, i: int, n: int) -> dict:
     """Part i of n of each tensor (B, ...) of a batch: (B / n, ...)."""
     return tree_map(lambda x: x.chunk(n)[i], batch)
@@ -206,13 +216,17 @@ class TrainState:
         self.out = Path(cfg.out_dir)
         self.average: dict[str, torch.Tensor] = {}  # EMA of what is trained in the model
         self.seconds: dict[str, float] = {}  # by stage
-        automatic = 0 if cfg.dataset == "shapes" else os.cpu_count()
-        self.workers = automatic if cfg.workers < 0 else cfg.workers
 
         # all processes start from the same weights
         torch.manual_seed(cfg.seed)
+        self.splits = {}
+        if vocabulary is None:
+            # all splits now: what is wrong with one is an error before the first step
+            options = (cfg.image_size, cfg.seed, None, cfg.text_len)
+            options = (*options, cfg.cache_dir, cfg.caption_column)
+            self.splits = open_splits(cfg.dataset, cfg.data_dir, *options)
+            vocabulary = self.splits["pretrain"].vocabulary
         self.vocabulary = vocabulary
-        self.vocabulary = vocabulary or self.dataset("pretrain").vocabulary
         self.is_public = cfg.encoder not in ("scratch", "random")  # frozen, never saved
         if encoder is None and self.is_public:
             encoder = load_encoder(cfg.encoder)
@@ -238,13 +252,11 @@ class TrainState:
 
     def dataset(self, split: str, cached: bool = False):
         """A split; cached: with the encoder's features, which a machine's processes share."""
-        cfg = self.cfg
-        sizes = (cfg.image_size, cfg.seed, self.vocabulary, cfg.text_len)
-        dataset = make_dataset(cfg.dataset, split, cfg.data_dir, *sizes, cfg.cache_dir)
+        cfg, dataset = self.cfg, copy(self.splits[split])
         if not cached:
             return dataset
         fingerprint = encoder_fingerprint(self.encoder, cfg.encoder_size, self.device_config.dtype)
-        options = (cfg.cache_dir, self.workers, LOCAL_RANK, LOCAL_WORLD_SIZE)
+        options = (cfg.cache_dir, count_workers(cfg), LOCAL_RANK, LOCAL_WORLD_SIZE)
         return cache_features(dataset, self.encode, fingerprint, *options)
 
     def checkpoint(self, stage: str, step: int) -> dict:

@@ -38,8 +38,8 @@ from einops import rearrange
 from tqdm import tqdm
 
 import shapes
-from config import Parser, user_errors
-from data import make_dataset
+from cli import Parser, user_errors
+from data import open_splits
 from figures import image_grid
 from model import resize_for_encoder
 from sample import Checkpoint, caption_images, edit, reconstruct, sample_image, text_to_image
@@ -255,9 +255,10 @@ def tokenizer_cases(model, test: Shapes) -> dict:
 # ---------------------------------------------------------------- photographs
 def held_out_photographs(loaded, n: int) -> tuple:
     """The test split, and the keys of n photographs from all over it, or of as many as it has."""
-    cfg = loaded.config
-    options = {key: cfg[key] for key in ("data_dir", "image_size", "seed", "text_len", "cache_dir")}
-    dataset = make_dataset(cfg["dataset"], "test", vocabulary=loaded.vocabulary, **options)
+    keys = ["data_dir", "image_size", "seed", "text_len", "cache_dir", "caption_column"]
+    options = {key: loaded.config[key] for key in keys if key in loaded.config}
+    splits = open_splits(loaded.config["dataset"], vocabulary=loaded.vocabulary, **options)
+    dataset = splits["test"]
     n = min(n, len(dataset))
     return dataset, [(0, i * len(dataset) // n) for i in range(n)]
 

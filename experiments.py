@@ -27,7 +27,7 @@ import evaluate
 import figures
 import shapes
 import train
-from config import Parser, user_errors
+from cli import Parser, user_errors
 from evaluate import CATEGORIES, DISTANCES, TITLES, compare, compare_reconstructions
 from recon_loss import image_loss
 from sample import Checkpoint

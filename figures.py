@@ -25,6 +25,26 @@ CROSS = [(0, 0), (10, 10), (5, 5), (10, 0), (0, 10)], "#c22"
 MARK_HEIGHT = 15
 
 
+def contact_sheet(images: torch.Tensor, captions: list[str], columns: int = 4) -> Image.Image:
+    """Images (B, 3, H, W) in [0, 1], each enlarged to about 160 pixels above its caption."""
+    side = images.shape[-1] * max(1, round(160 / images.shape[-1]))
+    cell_width = max(side, 200) + MARGIN
+    cell_height = side + 90
+    rows = math.ceil(len(images) / columns)
+    sheet = Image.new("RGB", (columns * cell_width, rows * cell_height), "white")
+    draw = ImageDraw.Draw(sheet)
+    font = ImageFont.load_default(15)
+    for i, caption in enumerate(captions):
+        left = i % columns * cell_width + GAP
+        top = i // columns * cell_height + GAP
+        pixels = images[i].permute(1, 2, 0).mul(255).byte()  # (H, W, 3)
+        image = Image.fromarray(pixels.numpy())
+        sheet.paste(image.resize((side, side), Image.Resampling.NEAREST), (left, top))
+        lines = textwrap.wrap(caption, 26)[:4]
+        draw.text((left, top + side + GAP), "\n".join(lines), "black", font)
+    return sheet
+
+
 def image_grid(
     rows, row_captions=(), column_captions=(), scale=None, note="", heads=(), framed=(), correct=()
 ) -> Image.Image:

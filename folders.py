@@ -1,6 +1,10 @@
-"""What an image folder holds: a split's images and their captions, from metadata or classes."""
+"""What an image folder holds: its files, its splits, and the caption of each image.
 
-import csv
+Captions are those of a table or of a text beside the image (captions.py), else of the image's
+class, else "". The class is a WordNet id in the path; else, for imagenet, the first folder of the
+split and, for folder, the image's own one, where there are several.
+"""
+
 import gzip
 import hashlib
 import json
@@ -8,17 +12,33 @@ import os
 import re
 import time
 import zlib
-from collections.abc import Iterator
+from collections import Counter
 from contextlib import suppress
+from dataclasses import dataclass, field
+from itertools import product
 
+from captions import (
+    CLASS_LISTS,
+    TEXTS,
+    TRUTHS,
+    WNID,
+    class_captions,
+    class_names,
+    join,
+    read_captions,
+    read_truth,
+)
 from images import SUFFIXES
 
-METADATA = ("metadata.jsonl", "metadata.csv")  # the hub's captioned folder: `file_name`, `text`
-CLASS_LISTS = ("classes.tsv", "LOC_synset_mapping.txt", "words.txt")  # `wnid name, other name`
-LAYOUT = "ImageNet is laid out as train/<wnid>/*.JPEG and val/<wnid>/*.JPEG"
-# How the captions of a class begin.
-STARTS = ["a photo of", "a picture of", "an image of", "a photograph of", "this is", "here you see"]
 SETTLED = 2.0  # s; a folder changed later than this may change again within one tick of its clock
+DEVKIT = os.path.join("ILSVRC2012_devkit_t12", "data")
+MAX_DEPTH = 4  # folders above the splits, and above what holds the lists of an ImageNet
+KINDS = {"train": "train", "training": "train", "test": "test", "testing": "test"}
+KINDS |= dict.fromkeys(["val", "valid", "validation", "dev", "eval"], "val")
+# `train`, `test1`, `val2017`, `train.X1`, `training_set`
+SPLIT_NAME = rf"({'|'.join(sorted(KINDS, reverse=True))})([\W_]?(\d+|x\d*|images?|imgs?|set|data))*"
+NO_CLASS = ["", "images", "image", "imgs", "img", "jpegimages", "photos", "data"]
+NOT_READ = {".parquet": "Parquet", ".tar": "tar", ".tgz": "tar", ".zip": "zip", ".arrow": "Arrow"}
 
 
 def default_cache_dir(cache_dir: str) -> str:
@@ -33,39 +53,39 @@ def file_fingerprint(path: str) -> list[int]:
     return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
 
 
-def list_files(root: str, cache_dir: str = "") -> list[str]:
-    """Relative paths of all images and metadata files below root, sorted.
+# ---------------------------------------------------------------- the listing
+def list_folders(root: str, cache_dir: str = "") -> dict[str, dict]:
+    """{folder below root: {"images": [name, ...], "texts": [...], "others": {suffix: count}}}.
 
-    Dot files are left out, links followed. A second call reads them from an index in cache_dir, as
-    long as no folder's fingerprint has changed. ValueError where a folder cannot be listed.
+    Dot files are left out, links followed. A second call reads an index in cache_dir, as long as no
+    folder's fingerprint has changed. ValueError where a folder cannot be listed.
     """
     root = os.path.abspath(root)
     root_hash = hashlib.sha256(os.fsencode(root)).hexdigest()[:16]
-    index = os.path.join(default_cache_dir(cache_dir), f"index_{root_hash}.json.gz")
+    index = os.path.join(default_cache_dir(cache_dir), f"listing_{root_hash}.json.gz")
     # An absent or damaged index is made anew: gzip brings a checksum.
-    with suppress(OSError, EOFError, ValueError, zlib.error):
+    with suppress(OSError, EOFError, ValueError, AttributeError, zlib.error):
         with gzip.open(index, "rt") as file:
-            known = json.load(file)
-        known_folders = known["folders"].items()
-        if all(file_fingerprint(os.path.join(root, path)) == old for path, old in known_folders):
-            return known["files"]
+            folders = json.load(file)
+        old = {folder: entry["fingerprint"] for folder, entry in folders.items()}
+        if old and all(file_fingerprint(os.path.join(root, path)) == old[path] for path in old):
+            return folders
     began = time.time()
-    folders, files = walk(root)
-    if max(map(max, folders.values())) < (began - SETTLED) * 1e9:
+    folders = walk(root)
+    if max(max(entry["fingerprint"]) for entry in folders.values()) < (began - SETTLED) * 1e9:
         # Replace the index in one step. Where that is not possible, the next start walks again.
         part = f"{index}.{os.getpid()}"
         with suppress(OSError):
             os.makedirs(os.path.dirname(index), exist_ok=True)
             with gzip.open(part, "wt", 1) as file:
-                file.write(json.dumps({"folders": folders, "files": files}))
+                file.write(json.dumps(folders))
             os.replace(part, index)
-    return files
+    return folders
 
 
-def walk(root: str) -> tuple[dict[str, list[int]], list[str]]:
-    """The fingerprint of each folder below root, and the files that `list_files` returns."""
+def walk(root: str) -> dict[str, dict]:
+    """What `list_folders` returns, each with the folder's fingerprint, sorted."""
     folders = {}
-    files = []
     visited = set()
     errors = []
     for path, subfolders, names in os.walk(root, onerror=errors.append, followlinks=True):
@@ -75,16 +95,30 @@ def walk(root: str) -> tuple[dict[str, list[int]], list[str]]:
             subfolders.clear()
             continue
         visited.add(real_path)
-        folder = "" if path == root else os.path.relpath(path, root)
-        folders[folder] = file_fingerprint(path)
-        shown = [name for name in names + subfolders if not name.startswith(".")]
-        found = {n for n in shown if n in METADATA or os.path.splitext(n)[1].lower() in SUFFIXES}
-        files += [os.path.join(folder, name) for name in found]
-        # A folder that is called like an image is listed, as a bad image, and not entered.
-        subfolders[:] = sorted(set(subfolders).intersection(shown) - found)
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        # An empty folder that is called like an image is a bad image.
+        names += [
+            name for name in subfolders if is_image(name) and not os.listdir(join(path, name))
+        ]
+        images, texts, others = [], [], Counter()
+        for name in sorted(name for name in names if not name.startswith(".")):
+            suffix = os.path.splitext(name)[1].lower()
+            if suffix in SUFFIXES:
+                images.append(name)
+            elif suffix in TEXTS or name in CLASS_LISTS:
+                texts.append(name)
+            else:
+                others[suffix] += 1
+        folder = "" if path == root else os.path.relpath(path, root).replace(os.sep, "/")
+        folders[folder] = {"fingerprint": file_fingerprint(path), "images": images}
+        folders[folder] |= {"texts": texts, "others": others}
     for error in errors:
         raise ValueError(f"cannot list the folder {error.filename}: {error.strerror}")
-    return folders, sorted(files)
+    return dict(sorted(folders.items()))
+
+
+def is_image(name: str) -> bool:
+    return os.path.splitext(name)[1].lower() in SUFFIXES
 
 
 def describe_content(folder: str) -> str:
@@ -95,127 +129,201 @@ def describe_content(folder: str) -> str:
     return f"it holds {', '.join(names)}" if names else "it is an empty folder"
 
 
-def class_captions(names: str) -> str:
-    """All wordings with all names of a class, "goldfish, Carassius auratus", a line each."""
-    captions = []
-    for name in map(str.strip, names.lower().split(",")):
-        article = "an" if re.match("(?!eu|uni|one|uk)[aeiou]", name) else "a"
-        captions += [f"{start} {article} {name}" for start in STARTS if name]
-    return "\n".join(captions)
+# ---------------------------------------------------------------- splits
+def split_kind(name: str, before: str = "") -> str:
+    """Of a folder called like a split: 'train', 'val' or 'test'; else ''. before: a pattern."""
+    match = re.fullmatch(before + SPLIT_NAME, name.lower())
+    return KINDS[match[1]] if match else ""
 
 
-def folder_to_name(folder: str) -> str:
-    """`sea_otter` -> `sea otter`; a comma would part two names."""
-    return re.sub("[_,]", " ", os.path.basename(folder))
+def find_splits(name: str, folders: list[str]) -> tuple[dict[str, str], int]:
+    """{folder: 'train', 'val' or 'test'} of the folders with images, and the splits' depth.
 
-
-def class_names(data_dir: str, classes: list[str]) -> dict[str, str]:
-    """The comma-separated names of class folders: from a list of CLASS_LISTS in data_dir, from the
-    folders' own names, or from torchvision. Raises ValueError where none names one of them."""
-    for path in (os.path.join(data_dir, name) for name in CLASS_LISTS):
-        if os.path.isfile(path):
-            with open(path, encoding="utf-8", errors="replace") as file:
-                names = dict(line.strip().split(None, 1) for line in file if len(line.split()) > 1)
-            for name in sorted(set(classes) - names.keys()):
-                line = f"add a line `{name} its name, another name`"
-                raise ValueError(f"{path} has no name for the class folder {name}: {line}")
-            return {name: names[name] for name in classes}
-    if not all(re.fullmatch(r"n\d{8}", name) for name in classes):
-        return {name: folder_to_name(name) for name in classes}
-    if len(classes) == 1000:  # ImageNet-1k: torchvision has its names, in the order of the ids
-        from torchvision.models._meta import _IMAGENET_CATEGORIES
-
-        return dict(zip(classes, _IMAGENET_CATEGORIES, strict=True))
-    hint = f"put a file {CLASS_LISTS[0]} with lines `{classes[0]} its name, another name`"
-    raise ValueError(f"class folders such as {classes[0]} have no names: {hint} into {data_dir}")
-
-
-def read_metadata(path: str) -> Iterator[tuple[str, str]]:
-    """The (file_name, text) rows of a metadata file. Raises ValueError with the row's number."""
-    number = 0
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            is_csv = path.endswith(".csv")
-            rows = csv.DictReader(file) if is_csv else map(json.loads, filter(str.strip, file))
-            for row in rows:
-                number += 1
-                yield os.path.normpath(row["file_name"]), " ".join(row["text"].split())
-    except (ValueError, KeyError, TypeError, AttributeError, csv.Error) as error:
-        rule = "each row needs `file_name` and `text`, both strings"
-        reason = f"{type(error).__name__}: {error}"
-        raise ValueError(f"{path}, near row {number}: {rule} ({reason})") from None
-
-
-def pair_with_captions(root: str, paths: list[str], name: str, data_dir: str):
-    """The images among `paths`, and the captions of each, a wording a line (two lists).
-
-    Captions are those of metadata, else of the image's class, else "". The class is, for imagenet,
-    the folder below root; for folder, the image's own folder, where there are several and no
-    metadata. Raises ValueError where there is no image, where metadata names none of them, and
-    where an image of an ImageNet has no class.
+    A folder belongs to the split that a part of its path names, the same part for all; `X_train`
+    counts where all are called so. A 'train' without another split is one for imagenet, and where
+    nothing stands beside it or folders are in it: else it is the class of trains. None: {}, -1.
     """
-    files = []
-    captions = {}
-    for path in paths:
-        folder, file_name = os.path.split(path)
-        if file_name not in METADATA:
-            files.append(path)
+    parts = {folder: folder.split("/") for folder in folders}
+    for before, depth in product(["", r".*[\W_]"], range(MAX_DEPTH)):
+        kinds = {f: split_kind(p[depth], before) for f, p in parts.items() if len(p) > depth}
+        splits = {folder: kind for folder, kind in kinds.items() if kind}
+        found = set(splits.values())
+        is_alone = len(splits) == len(folders)
+        if before and not is_alone:
             continue
-        for described, text in read_metadata(os.path.join(root, path)):
-            captions.setdefault(os.path.join(folder, described), []).append(text)
-    if not files:
-        looked = f"looked for {' '.join(sorted(SUFFIXES))}"
-        raise ValueError(f"no images below {root} ({looked}); {describe_content(root)}")
-    if captions and captions.keys().isdisjoint(files):
-        found = f"names no image that is there (it names {min(captions)!r})"
-        hint = "`file_name` is relative to the metadata's folder"
-        raise ValueError(f"the metadata below {root} {found}: {hint}")
-    names = {}
-    if name == "imagenet":
-        flat = [file for file in files if os.sep not in file]
-        if flat:
-            raise ValueError(f"{root} has images in no class folders, such as {flat[0]}: {LAYOUT}")
-        folders = [file.split(os.sep, 1)[0] for file in files]
-        names = class_names(data_dir, sorted(set(folders)))
-    else:
-        folders = [os.path.dirname(file) for file in files]
-        if len(set(folders)) > 1 and not captions:
-            names = {folder: folder_to_name(folder) for folder in folders}
-    by_class = {folder: class_captions(name) for folder, name in names.items()}
-    texts = []
-    for file, folder in zip(files, folders, strict=True):
-        own = "\n".join(captions.get(file, ()))
-        texts.append(own or by_class.get(folder, ""))
-    return files, texts
+        if "train" in found and len(found) > 1:
+            return splits, depth
+        has_classes = any(len(parts[folder]) > depth + 1 for folder in splits)
+        if found == {"train"} and (is_alone or has_classes or name == "imagenet"):
+            return splits, depth
+        if found and "train" not in found and is_alone:
+            there = f"{', '.join(sorted({part[depth] for part in parts.values()}))} and no train/"
+            raise ValueError(f"there is {there}: rename it, or give that folder as --data_dir")
+    return {}, -1
 
 
-def read_folder(name: str, split: str, data_dir: str, cache_dir: str):
-    """The images of a split of data_dir: their root, their paths below it, their captions.
+def find_classes(name: str, folders: list[str], depth: int) -> dict[str, str]:
+    """{folder: the class of its images}, "" for none. depth: of the splits, -1 without."""
+    paths = {folder: folder.split("/") for folder in folders}
+    if len({tuple(parts[: max(depth, 0)]) for parts in paths.values()}) == 1:
+        paths = {folder: parts[depth + 1 :] for folder, parts in paths.items()}
+    else:  # `cat/train`
+        paths = {folder: parts[:depth] + parts[depth + 1 :] for folder, parts in paths.items()}
+    for folder, parts in paths.items():
+        paths[folder] = [part for part in parts if part.lower() not in NO_CLASS]
+    # what all paths begin with is no class
+    named = [parts for parts in paths.values() if parts]
+    while min(map(len, named), default=0) > 1 and len({parts[0] for parts in named}) == 1:
+        named = [parts for parts in named if parts.pop(0)]
+    classes = {}
+    for folder, parts in paths.items():
+        wnids = [part for part in folder.split("/") if re.fullmatch(WNID, part)]
+        own = parts[:1] if name == "imagenet" else parts[-1:]
+        classes[folder] = (wnids or own or [""])[-1]
+    is_one = len(set(classes.values())) == 1
+    if is_one and name == "folder" and not re.fullmatch(WNID, *set(classes.values())):
+        return dict.fromkeys(classes, "")  # tells nothing apart
+    return classes
 
-    A folder without train/ and val/ keeps one image in twenty for the split 'test', always the same
-    ones. Raises ValueError where the folder is not laid out as `name`, imagenet or folder, needs.
+
+# ---------------------------------------------------------------- all of it
+@dataclass
+class Found:
+    """The images of a folder: {"train": [path below root, ...], "test": [...]}, and of each its
+    caption, a wording a line; what was assumed, and what the user should know."""
+
+    root: str
+    files: dict[str, list[str]]
+    captions: dict[str, list[str]]
+    classes: int
+    facts: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+
+def find_lists(root: str, listing: dict, names: list[str]) -> list[str]:
+    """The files of these names below root, and in the folders above it."""
+    paths = []
+    for name in names:
+        paths += [join(root, folder, name) for folder, e in listing.items() if name in e["texts"]]
+        above = root
+        for _ in range(MAX_DEPTH):
+            above = os.path.dirname(above)
+            paths += [os.path.join(above, name), os.path.join(above, DEVKIT, name)]
+    return [path for path in paths if os.path.isfile(path)]
+
+
+def read_folder(name: str, data_dir: str, cache_dir: str = "", caption_column: str = "") -> Found:
+    """The images of a folder by split, with their captions.
+
+    Where no split is held out, every twentieth image is, always the same ones. Raises ValueError
+    where there is no such folder, no image, a split none of whose images has a caption, and for a
+    table of captions that cannot be used.
     """
-    root = find_root(name, split, data_dir)
-    files, captions = pair_with_captions(root, list_files(root, cache_dir), name, data_dir)
-    if root == data_dir and len(files) > 1:
-        order = sorted(range(len(files)), key=lambda i: zlib.crc32(os.fsencode(files[i])))
-        test_size = max(1, len(files) // 20)
-        chosen = sorted(order[:test_size] if split == "test" else order[test_size:])
-        files = [files[i] for i in chosen]
-        captions = [captions[i] for i in chosen]
-    return root, files, captions
+    root = check_folder(name, data_dir)
+    listing = list_folders(root, cache_dir)
+    others = sum((Counter(entry["others"]) for entry in listing.values()), Counter())
+    packed = [f"{n} {NOT_READ[s]} files" for s, n in others.items() if s in NOT_READ]
+    unpack = f": {', '.join(packed)} are not read, unpack them into images and a metadata.csv"
+    unpack = unpack if packed else ""
+    filled = {folder: entry["images"] for folder, entry in listing.items() if entry["images"]}
+    if not filled:
+        looked = f"looked for {' '.join(sorted(SUFFIXES))}"
+        raise ValueError(f"no images below {root} ({looked}); {describe_content(root)}{unpack}")
+    try:
+        splits, depth = find_splits(name, list(filled))
+    except ValueError as error:
+        raise ValueError(f"{root}: {error}") from None
+    own, used, unused = read_captions(root, listing, caption_column)
+    if caption_column and not used:
+        looked = f"; found are {', '.join(unused) or 'no tables'}"
+        raise ValueError(f"--caption_column {caption_column}: no such column below {root}{looked}")
+
+    # the class of each folder, or of images that stand in none, and its captions
+    classes = find_classes(name, list(filled), depth)
+    truth = {}
+    if "" in classes.values():
+        for path in find_lists(root, listing, TRUTHS):
+            truth |= read_truth(path)
+    used_classes = sorted({*classes.values(), *truth.values()} - {""})
+    names, sources = class_names(used_classes, find_lists(root, listing, CLASS_LISTS))
+    texts = {"": ""} | {name: class_captions(text) for name, text in names.items()}
+
+    # the images and captions of each split
+    held_out = "val" if "val" in splits.values() else "test"
+    files, captions = {"train": [], "test": []}, {"train": [], "test": []}
+    left_out = Counter()
+    for folder, images in filled.items():
+        kind = splits.get(folder, "" if splits else "train")
+        if kind not in ("train", held_out):
+            left_out[folder.split("/")[max(depth, 0)] or "."] += len(images)
+            continue
+        split = "train" if kind == "train" else "test"
+        paths = [join(folder, image) for image in images]
+        files[split] += paths
+        if own or (truth and not classes[folder]):
+            for path in paths:
+                text = texts[classes[folder] or find_truth(truth, path)]
+                captions[split].append("\n".join(own.get(path, ())) or text)
+        else:
+            captions[split] += [texts[classes[folder]]] * len(paths)
+
+    # what was assumed
+    facts = []
+    for kind in ("train", held_out):
+        parts = {folder.split("/")[depth] for folder, other in splits.items() if other == kind}
+        facts += [f"{kind} images are those of {', '.join(sorted(parts))}"] if parts else []
+    if not files["test"]:
+        facts.append("no split to test on is there: one image in twenty is held out")
+    if names:
+        facts.append(f"names of {len(names)} classes from {', '.join(sources)}")
+    facts += [f"captions from {text}" for text in used]
+    found = Found(root, files, captions, len(names), facts)
+    found.warnings += [f"{n} images of {part}/ are left out" for part, n in left_out.items()]
+    found.warnings += [f"not used: {text}" for text in unused]
+    if packed:
+        found.warnings.append(unpack[2:])
+    check_captions(found)
+    if not files["test"]:
+        hold_out(files, captions)
+    return found
 
 
-def find_root(name: str, split: str, data_dir: str) -> str:
-    """The folder of a split: train/ or val/ in data_dir, else data_dir itself."""
-    if not os.path.isdir(data_dir):
-        what = "a file, not a folder" if os.path.exists(data_dir) else "no such folder"
-        raise ValueError(f"--dataset {name} needs --data_dir, a folder: {data_dir!r} is {what}")
-    train, val = (os.path.join(data_dir, part) for part in ("train", "val"))
-    if name == "folder" and not (os.path.isdir(train) and os.path.isdir(val)):
-        return data_dir
-    root = val if split == "test" else train
-    if not os.path.isdir(root):
-        lacks = f"--data_dir {data_dir} has no {os.path.basename(root)}/ in it"
-        raise ValueError(f"{lacks}: {LAYOUT}; {describe_content(data_dir)}")
-    return root
+def find_truth(truth: dict, path: str) -> str:
+    """The class of an image of ImageNet's flat val/, by its name or number; "" for others."""
+    stem = os.path.splitext(path)[0].split("/")[-1]
+    number = re.search(r"(?<=_val_)\d{8}$", stem)
+    return truth.get(stem) or truth.get(int(number[0]) if number else "", "")
+
+
+def check_captions(found: Found) -> None:
+    """Warns of images without a caption; ValueError where a split has no caption at all."""
+    for split, captions in found.captions.items():
+        missing = captions.count("")
+        if missing and missing == len(captions):
+            where = f"no {split} image, such as {join(found.root, found.files[split][0])},"
+            how = "write metadata.csv (file_name,text), a .txt beside each image, or class folders"
+            seen = "".join(f"; {text}" for text in found.warnings)
+            raise ValueError(f"{where} has a caption or a class: {how}{seen}")
+        if missing:
+            found.warnings.append(f"{missing} of {len(captions)} {split} images have no caption")
+
+
+def hold_out(files: dict, captions: dict) -> None:
+    """Moves one image in twenty from 'train' to 'test'; a single image is in both."""
+    paths, texts = files["train"], captions["train"]
+    order = sorted(range(len(paths)), key=lambda i: zlib.crc32(os.fsencode(paths[i])))
+    test_size = max(1, len(paths) // 20)
+    chosen = {"test": sorted(order[:test_size]), "train": sorted(order[test_size:]) or [0]}
+    for split, numbers in chosen.items():
+        files[split] = [paths[i] for i in numbers]
+        captions[split] = [texts[i] for i in numbers]
+
+
+def check_folder(name: str, data_dir: str) -> str:
+    """The absolute path of data_dir. Raises ValueError where it is no folder."""
+    root = os.path.abspath(os.path.expanduser(data_dir or "."))
+    if os.path.isdir(root) and (data_dir or os.path.isdir("train")):
+        return root
+    what = "a file, not a folder: unpack it" if os.path.exists(root) else "no such folder"
+    what = f"{data_dir!r} is {what}" if data_dir else "there is no ./train either"
+    raise ValueError(f"--dataset {name} needs --data_dir, a folder: {what}")

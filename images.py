@@ -8,8 +8,10 @@ from einops import rearrange
 from PIL import Image, ImageOps
 from torch.utils.data import get_worker_info
 
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm"}
-FORMATS = ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM"]  # by content, not by suffix
+SUFFIXES = {".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm"}
+SUFFIXES |= {".pgm", ".avif", ".jp2"}
+# By content, not by suffix.
+FORMATS = ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000"]
 # Images that Pillow cannot read are named once, in bad_images.txt.
 warnings.filterwarnings("ignore", module="PIL")
 
@@ -31,9 +33,12 @@ def open_rgb(path: str, draft_size: int = 0) -> Image.Image:
         if draft_size:
             image.draft(None, (draft_size, draft_size))
         ImageOps.exif_transpose(image, in_place=True)
-        if image.mode.startswith("I"):
-            # 16 bits: scale them to 8, as convert("L") would clip at 255.
-            image = image.convert("I").point(lambda value: value * (1 / 257) + 0.5).convert("L")
+        if image.mode[0] in "IF":
+            # Integers have 16 bits, floats are in [0, 1] or [0, 255]; convert("L") clips at 255.
+            scale = 1 / 257
+            if image.mode == "F":
+                scale = 255 if image.getextrema()[1] <= 1 else 1
+            image = image.convert("F").point(lambda value: value * scale + 0.5).convert("L")
         elif image.has_transparency_data:
             white = Image.new("RGBA", image.size, "white")
             image = Image.alpha_composite(white, image.convert("RGBA"))

@@ -1,4 +1,4 @@
-"""Public weights into the ViT of encoder.py: find a file, recognise its architecture, load it.
+"""Public weights into the ViT of encoder.py: recognise their architecture, load them strictly.
 
     encoder = load_encoder("path/to/model.safetensors")  # or a preset, or a folder as on the hub
     python pretrained.py clip-b16 photo.jpg              # what it is, what it sees: photo_pca.png
@@ -6,23 +6,18 @@
 Recognised are the layouts of transformers, OpenCLIP, timm, torchvision and DINOv2's own code, by
 names and shapes of tensors; config.json says what no tensor shows (number of heads, activation).
 Loading is strict: a tensor of the file is used once or left out by name, each of ours is filled.
+What no tensor and no config shows is assumed aloud, or, where the published models of a layout
+differ, has to be stated: in a config.json beside the file, or as PATH:quick_gelu, PATH:half.
 
 # D width, N patches; "source" is a name in the file, "target" our name for it
 """
 
-import argparse
-import difflib
 import json
 import math
-import mmap
-import os
 import re
-import shutil
 import sys
-import urllib.request
-import zipfile
 from dataclasses import asdict, replace
-from http.client import HTTPException
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -30,120 +25,10 @@ from einops import rearrange, repeat
 from PIL import Image
 from torch import Tensor
 
-from encoder import ACTIVATIONS, CLIP_STATS, HALF_STATS, POOLS, ViT, ViTConfig
+from cli import RANK, Parser, user_errors
+from encoder import ACTIVATIONS, CLIP_STATS, HALF_STATS, IMAGENET_STATS, POOLS, ViT, ViTConfig
 from images import read_whole_image
-
-Tensors = dict[str, Tensor]
-HUB = {  # preset -> repository on the public hub; -reg: with registers
-    "clip-b32": "openai/clip-vit-base-patch32",
-    "clip-b16": "openai/clip-vit-base-patch16",
-    "clip-l14": "openai/clip-vit-large-patch14",
-    "clip-l14-336": "openai/clip-vit-large-patch14-336",
-    "siglip-b16": "google/siglip-base-patch16-224",
-    "siglip-so400m-14": "google/siglip-so400m-patch14-384",
-    "siglip2-b16": "google/siglip2-base-patch16-224",
-    "siglip2-so400m-14": "google/siglip2-so400m-patch14-384",
-}
-for size in ("small", "base", "large", "giant"):
-    HUB[f"dinov2-{size[0]}14"] = f"facebook/dinov2-{size}"
-    HUB[f"dinov2-{size[0]}14-reg"] = f"facebook/dinov2-with-registers-{size}"
-WEIGHTS = ["model.safetensors", "open_clip_model.safetensors"]
-WEIGHTS += ["pytorch_model.bin", "open_clip_pytorch_model.bin"]
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-DTYPES |= {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8}
-DTYPES |= {"U8": torch.uint8, "BOOL": torch.bool}
-
-
-def find_weights(name_or_path: str) -> Path:
-    """The file of weights behind a preset's name, a folder or a path."""
-    path = fetch(HUB[name_or_path]) if name_or_path in HUB else Path(name_or_path)
-    for file in (path, *(path / name for name in WEIGHTS)):
-        if file.is_file():
-            return file
-    if path.exists():
-        raise ValueError(f"{path} holds none of {', '.join(WEIGHTS)}")
-    near = " or ".join(difflib.get_close_matches(name_or_path, HUB, n=3, cutoff=0.3) or HUB)
-    raise ValueError(f"{name_or_path} is neither a path nor an encoder; did you mean {near}?")
-
-
-def fetch(repo: str) -> Path:
-    """A folder with a hub repository's files: of the hub's cache, of ours, or downloaded."""
-    home = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
-    name = repo.replace("/", "--")
-    shared = Path(os.environ.get("HF_HUB_CACHE", home / "hub"), f"models--{name}")
-    own = Path(torch.hub.get_dir(), "checkpoints", name)
-    for folder in (*sorted(shared.glob("snapshots/*")), own):
-        if (folder / "config.json").exists() and any((folder / file).exists() for file in WEIGHTS):
-            return folder
-    if os.environ.get("HF_HUB_OFFLINE", "0").lower() in ("1", "true", "yes", "on"):
-        raise ValueError(f"HF_HUB_OFFLINE is set, neither {shared} nor {own} has {repo}")
-    own.mkdir(parents=True, exist_ok=True)
-    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-    # Some older repositories have only the last of these.
-    for file in ("config.json", "model.safetensors", "pytorch_model.bin"):
-        url = f"{endpoint}/{repo}/resolve/main/{file}"
-        part = own / f"{file}.part"
-        try:
-            with urllib.request.urlopen(url, timeout=30) as reply, open(part, "wb") as out:
-                print(f"downloading {url} to {own}", file=sys.stderr)
-                shutil.copyfileobj(reply, out)
-                if reply.length:  # what is still to come
-                    raise OSError(f"it broke off {reply.length} bytes before its end")
-        except (OSError, HTTPException) as error:
-            part.unlink(missing_ok=True)
-            if getattr(error, "code", None) == 404:
-                continue
-            raise ValueError(f"cannot download {url}: {error}") from None
-        part.replace(own / file)
-        if file in WEIGHTS:
-            return own
-    raise ValueError(f"{repo} holds neither model.safetensors nor pytorch_model.bin")
-
-
-# ---- Reading files
-def read_safetensors(path: Path) -> Tensors:
-    """A file of u64 header length, JSON header, raw bytes; the tensors are views of the mapping."""
-    with open(path, "rb") as file:  # copy on write, since torch wants a writable buffer
-        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-    position = start = 8 + int.from_bytes(data[:8], "little")
-    if start > len(data):
-        raise ValueError(f"the header claims {start - 8} bytes, the file has {len(data)}")
-    tensors = {}
-    try:
-        header = json.loads(data[8:start].decode())
-        header.pop("__metadata__", None)
-        # The tensors have to fill the file one after the other.
-        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-            dtype = DTYPES[entry["dtype"]]
-            begin, end = entry["data_offsets"]
-            count = math.prod(entry["shape"])
-            if start + begin != position or end - begin != count * dtype.itemsize:
-                raise ValueError(f"{name}, {entry}, does not fill the bytes from {position} on")
-            flat = torch.frombuffer(data, dtype=dtype, count=count, offset=position)
-            tensors[name] = flat.view(entry["shape"])
-            position = start + end
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"damaged safetensors header: {error!r}") from None
-    if position != len(data):
-        raise ValueError(f"the tensors end at byte {position}, the file at {len(data)}")
-    return tensors
-
-
-def read_tensors(path: Path) -> Tensors:
-    """Any checkpoint file as names and tensors, memory-mapped where the format allows."""
-    if path.suffix == ".safetensors":
-        return read_safetensors(path)
-    try:  # weights_only keeps a pickle from running code
-        tensors = torch.load(path, "cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as error:  # a damaged pickle or zip can raise nearly anything
-        reason = f"{type(error).__name__} {error}".partition("\n")[0]
-        raise ValueError(f"torch.load(weights_only=True) cannot read it: {reason}") from None
-    for wrapper in ("state_dict", "model"):
-        if isinstance(tensors, dict):
-            tensors = tensors.get(wrapper, tensors)
-    if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
-        raise ValueError("it holds no state dict, that is names and tensors")
-    return tensors
+from weights import HUB, Tensors, find_weights, read_tensors
 
 
 # ---- From the publishers' names to ours
@@ -187,7 +72,9 @@ BLOCK = re.compile(rf"(?:(?:{LAYERS})(\d+)\.)?(.*)", re.DOTALL)
 # Not of the encoder: text towers, classifiers, what only training or similarity with text needs.
 LEFT_OUT = re.compile(
     r"(text_model|text|transformer|token_embedding|ln_final|classifier|heads)\."
+    r"|(dino_head|ibot_head)\."
     r"|(head\.(weight|bias)|text_projection(\.weight)?|positional_embedding|logit_(scale|bias))$"
+    r"|(input_resolution|context_length|vocab_size)$|decoder_.+"
     r"|(.+\.)?(position_ids|mask_token)$"
 )
 
@@ -228,13 +115,27 @@ FAMILIES = (
     ("DINOv2, transformers", "patch_embeddings.projection.weight register_tokens", ANTIALIAS),
     ("DINOv2, transformers", "patch_embeddings.projection.weight", {}),
     ("CLIP, OpenCLIP", "conv1.weight", CLIP | ANTIALIAS),
-    ("DINOv2", "patch_embed.proj.weight mask_token register_tokens", ANTIALIAS),
-    ("DINOv2", "patch_embed.proj.weight mask_token", {"pos_resize": "offset"}),
+    ("DINOv2", "patch_embed.proj.weight blocks.0.ls1.gamma mask_token register_tokens", ANTIALIAS),
+    ("DINOv2", "patch_embed.proj.weight blocks.0.ls1.gamma mask_token", {"pos_resize": "offset"}),
     ("CLIP, timm", "patch_embed.proj.weight norm_pre.weight", CLIP | ANTIALIAS),
     ("ViT, timm", "patch_embed.proj.weight blocks.0.ls1.gamma", ANTIALIAS),
-    ("ViT, timm", "patch_embed.proj.weight", HALF_STATS | ANTIALIAS),
+    ("SigLIP, timm", "patch_embed.proj.weight attn_pool.latent", HALF_STATS | ANTIALIAS),
+    ("ViT, timm", "patch_embed.proj.weight", ANTIALIAS),
     ("ViT, torchvision", "conv_proj.weight", {"pos_resize": "align_corners"}),
 )
+# What nothing shows, and the published models of a layout differ in; and how it may be said.
+UNDECIDED = {
+    ("CLIP, OpenCLIP", "act"): "quick_gelu for OpenAI's own weights, DFN and MetaCLIP, else gelu",
+    ("CLIP, timm", "act"): "quick_gelu for OpenAI's own weights, DFN and MetaCLIP, else gelu",
+    ("SigLIP, timm", "act"): "gelu for base and large, gelu_tanh for so400m and giant",
+    (
+        "ViT, timm",
+        "mean",
+    ): "imagenet for DeiT, DINO and MAE, half for AugReg and other ViTs of timm",
+}
+SAID = {act: {"act": act} for act in ACTIVATIONS}
+SAID |= {"clip": CLIP_STATS, "imagenet": IMAGENET_STATS, "half": HALF_STATS}
+DINOV3 = r"rope|storage_tokens|local_cls_norm|freqs_|^(model\.)?layer\.0\.attention\.q_proj"
 # By width: So400m, H, g and bigG. The heads of all other public models have 64 channels.
 HEADS = {1152: 16, 1280: 16, 1408: 16, 1664: 16}
 # What config.json (transformers, timm) and open_clip_config.json call the fields of ViTConfig.
@@ -261,10 +162,13 @@ def stated_fields(config: dict) -> dict:
     vision = config.get("vision_config") or model.get("vision_cfg")
     vision = vision or config | config.get("model_args", {})
     timm_name = vision.get("timm_model_name") or config.get("architecture") or ""
-    if model.get("quick_gelu") or "quickgelu" in timm_name:
+    tag = config.get("tag") or config.get("pretrained_cfg", {}).get("tag")
+    if model.get("quick_gelu") or "quickgelu" in timm_name or tag == "openai":
         vision["hidden_act"] = "quick_gelu"
     if re.match(TIMM_TANH, timm_name):
         vision["hidden_act"] = "gelu_tanh"
+    if timm_name or model:  # what OpenCLIP's and timm's configurations leave out
+        vision.setdefault("hidden_act", "gelu")
     if "head_width" in vision:
         vision["num_heads"] = vision["width"] // vision["head_width"]
     stated = {}
@@ -288,7 +192,7 @@ def read_config(folder: Path, tensors: Tensors) -> dict:
     """What the JSON files beside the weights state, as fields of ViTConfig; {} without files."""
     names = ["preprocessor_config.json", "config.json"]
     if any(name.startswith("visual.") for name in tensors):
-        names = ["open_clip_config.json"]
+        names.append("open_clip_config.json")
     config = {}
     try:
         for name in names:
@@ -326,11 +230,20 @@ def shown_fields(named: Tensors) -> dict:
 def infer_config(tensors: Tensors, named: Tensors, stated: dict) -> ViTConfig:
     """The architecture that the tensors show; `stated` fills the rest and has to agree."""
     bare = {PREFIX.sub("", name, count=1) for name in tensors}
+    if re.search(DINOV3, "\n".join(bare), re.MULTILINE):
+        raise ValueError("DINOv3, or another encoder with rotary positions: DINOv2 is read here")
     known = [row for row in FAMILIES if bare.issuperset(row[1].split())]
     if not known:
         raise ValueError(f"no layout that is known here: {', '.join(sorted(tensors)[:6])}")
-    family, _, conventions = known[0]
+    family, signs, conventions = known[0]
     shown = shown_fields(named)
+    missing = [(field, said) for (name, field), said in UNDECIDED.items() if name == family]
+    if family == "ViT, timm" and "ls1" in signs:
+        missing = []  # all of them have ImageNet's statistics
+    for field, said in missing:
+        if field not in stated:
+            ways = "append it to the path, as in PATH:quick_gelu or PATH:half, or write config.json"
+            raise ValueError(f"no tensor of {family} shows {field}, {said}: {ways}")
     for field, value in shown.items():
         if stated.get(field, value) != value:
             raise ValueError(f"{field} = {stated[field]} in the config, but tensors show {value}")
@@ -422,24 +335,44 @@ def load_into(model: ViT, named: Tensors, dtype: torch.dtype) -> None:
     model.load_state_dict(state, assign=True)
 
 
+@cache
+def warn_once(text: str) -> None:
+    if RANK == 0:
+        print(text, file=sys.stderr)
+
+
 @torch.no_grad()
 def load_encoder(name_or_path: str | Path, dtype: torch.dtype = torch.float32) -> ViT:
     """A public encoder, frozen and in eval mode: generation is aligned with it, so it has to stay.
 
-    name_or_path: a preset of HUB, a folder as on the hub, a file (.safetensors, .bin, .pth, .pt).
+    name_or_path: a preset of HUB, a folder as on the hub, a file (.safetensors, .bin, .pth, .pt),
+    with what it does not show behind it, as in PATH:quick_gelu:half (the keys of SAID).
     Raises ValueError for an unknown name, a damaged file, and no encoder.
     """
-    file = find_weights(str(name_or_path))
+    path, said = str(name_or_path), {}
+    while path.rpartition(":")[2] in SAID and not Path(path).exists():
+        path, _, word = path.rpartition(":")
+        said |= SAID[word]
+    file = find_weights(path)
     try:
-        tensors = read_tensors(file)
+        tensors, words = read_tensors(file)
         named = rename_keys(tensors)
-        cfg = infer_config(tensors, named, read_config(file.parent, tensors))
+        stated = read_config(file.parent, tensors)
+        # OpenAI's own file of CLIP has three scalars; others say it in a name.
+        names = f"{file.parent.name} {file.name} {words}".lower()
+        if "input_resolution" in tensors or re.search("quick_?gelu|openai", names):
+            stated = {"act": "quick_gelu"} | stated
+        stated |= said
+        cfg = infer_config(tensors, named, stated)
         # No memory and no initialisation: every tensor comes from the file.
         with torch.device("meta"):
             model = ViT(cfg)
         load_into(model, named, dtype)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from None
+    assumed = [f"{f} {getattr(cfg, f)}" for f in ("act", "mean", "norm_eps") if f not in stated]
+    if assumed and cfg.act != "swiglu":
+        warn_once(f"{file}: {cfg.family}, assumed as published: {', '.join(assumed)}")
     return model.eval().requires_grad_(False)
 
 
@@ -470,21 +403,18 @@ def draw_pca(encoder: ViT, path: str) -> None:
 
 def main() -> None:
     """Show what an encoder is and, for each image, what it sees: IMAGE_pca.png."""
-    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser = Parser(description=main.__doc__)
     parser.add_argument("encoder", help=f"{', '.join(HUB)}, or a file or folder of weights")
     parser.add_argument("images", nargs="*", help="photographs; the picture of each goes beside it")
     args = parser.parse_args()
-    encoder = load_encoder(args.encoder)
-    facts = [f"{field} {value}" for field, value in asdict(encoder.cfg).items()]
-    size = sum(parameter.numel() for parameter in encoder.parameters())
-    print(" | ".join([*facts, f"{size / 1e6:.1f} M parameters"]))
-    for path in args.images:
-        draw_pca(encoder, path)
+    with user_errors():
+        encoder = load_encoder(args.encoder)
+        facts = [f"{field} {value}" for field, value in asdict(encoder.cfg).items()]
+        size = sum(parameter.numel() for parameter in encoder.parameters())
+        print(" | ".join([*facts, f"{size / 1e6:.1f} M parameters"]))
+        for path in args.images:
+            draw_pca(encoder, path)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:  # a user's mistake gets a sentence, not a traceback
-        print(f"pretrained.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    main()

@@ -17,7 +17,7 @@ from functools import cached_property
 import torch
 import torch.nn.functional as F
 
-from config import Parser, user_errors
+from cli import Parser, user_errors
 from encoder import ViT, ViTConfig, encoder_hash
 from figures import image_grid
 from images import read_images

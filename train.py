@@ -39,8 +39,8 @@ import config
 import engine
 import evaluate
 import figures
-from config import RANK, WORLD_SIZE, exit_with_error, print0
-from data import batches
+from cli import RANK, WORLD_SIZE, exit_with_error, print0
+from data import batches, summarize_splits
 from encoder import ViT, ViTConfig
 from engine import DeviceConfig, TrainState
 from model import UnifiedModel
@@ -178,9 +178,10 @@ def make_loader(state: TrainState, stage: Stage, seed: int, start: int) -> Itera
     """The batches of a stage from step `start` on: {role: {key: tensor (B, ...)}}."""
     cfg = state.cfg
     streams = {}
+    workers = engine.count_workers(cfg, len(stage.batches))
     for i, (role, (split, share)) in enumerate(stage.batches.items()):
         dataset = state.dataset(split, cached=cfg.cache_features and role in stage.cached)
-        options = (start, state.workers, str(state.out / "bad_images.txt"), RANK, WORLD_SIZE)
+        options = (start, workers, str(state.out / "bad_images.txt"), RANK, WORLD_SIZE)
         options = (*options, stage.max_images if role == "main" else 0)
         streams[role] = batches(dataset, int(share * cfg.batch_size), seed + i, *options)
     while True:
@@ -395,6 +396,9 @@ def train(cfg, given: dict, model_class, loss_class, stages: dict[str, Stage]) -
     size = sum(p.numel() for p in state.model.parameters()) / 1e6
     where = f"{WORLD_SIZE} x {device_config.device_name} in {device_config.dtype}"
     print0(f"{cfg.dataset}, {cfg.paradigm}: {size:.2f} M parameters, {cfg.encoder}, on {where}")
+
+    if cfg.dataset != "shapes":
+        print0("\n  ".join(summarize_splits(state.splits)))
 
     for stage in chosen:
         # sft and reca both start from the aligned base

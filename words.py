@@ -11,9 +11,14 @@ SPECIALS = ["<pad>", "<bos>", "<eos>", "<unk>"]
 IGNORE_INDEX = -100  # a target that no loss counts, as in torch's cross entropy
 
 
+# Chinese, Japanese and Thai have no spaces between words: each of their characters is a word.
+NO_SPACES = "\u0e00-\u0e7f\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
+WORD = rf"[{NO_SPACES}]|[^\W_{NO_SPACES}]+(?:'[^\W_{NO_SPACES}]+)*|[^\w\s]"
+
+
 def split_words(text: str) -> list[str]:
     """Lower-case words and single punctuation marks."""
-    return re.findall(r"[^\W_]+(?:'[^\W_]+)*|[^\w\s]", text.lower())
+    return re.findall(WORD, text.lower())
 
 
 class Vocabulary:
@@ -39,6 +44,8 @@ class Vocabulary:
         strict, for a prompt: raises ValueError instead, and names known words near an unknown one.
         """
         words = split_words(text)
+        if strict and words and words[-1] in {*".!?\u3002"} - self.ids.keys():
+            words.pop()  # captions have no full stop
         unknown = [word for word in words if word not in self.ids]
         if strict and unknown:
             near = difflib.get_close_matches(unknown[0], self.words[4:], 3, 0.5)

@@ -9,7 +9,7 @@ The line above each row is its visual words, which RecA does not train.
 import os
 
 import train
-from data import make_dataset
+from data import open_splits
 from evaluate import read_cells
 from figures import image_grid
 from sample import Checkpoint, encode_in_chunks, format_visual_words, reconstruct
@@ -24,7 +24,7 @@ def main():
     options = f"--stage reca --init_from base.pt --reca_steps {STEPS} --eval_n 24"
     train.main(f"{options} --out_dir out_draw --device cpu".split())
     base, reca = Checkpoint("base.pt"), Checkpoint("out_draw/reca.pt")
-    batch = make_dataset("shapes", "test").__getitems__([(0, i) for i in range(COUNT)])
+    batch = open_splits("shapes")["test"].__getitems__([(0, i) for i in range(COUNT)])
     images = batch["image"]
     words = encode_in_chunks(base.model, base.encoder, images)
     lines = [format_visual_words(row, base.vocabulary) for row in words]

@@ -30,8 +30,8 @@ sys.path.insert(0, str(HERE))
 from leaks import Body, find_leaks  # noqa: E402
 
 MODULES = (
-    "words encoder tokenizer figures images shapes folders pretrained paradigms data model "
-    "feature_cache captioner recon_loss sample evaluate config engine train"
+    "cli words encoder tokenizer figures images shapes captions folders weights pretrained "
+    "paradigms data model feature_cache captioner recon_loss sample evaluate config engine train"
 )
 CODE = [f"{name}.py" for name in MODULES.split()]
 CODE += ["requirements.txt", "pyproject.toml", "LICENSE"]

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 import data
-from data import batch_indices, batches, make_dataset
+from data import batch_indices, batches, open_splits
 from images import to_tensor
 from pictures import as_bytes, make_folder, picture
 from words import SPECIALS, UNK, Vocabulary
@@ -45,7 +45,7 @@ def keys(count: int, epoch: int = 0) -> list[tuple[int, int]]:
 def test_batches_are_the_same_for_any_number_of_workers_and_after_a_resume(tmp_path):
     root = make_folder(tmp_path)
     (tmp_path / "train" / "cat" / "004.JPEG").write_bytes(b"")
-    dataset = make_dataset("imagenet", "pretrain", root, 8, seed=3)
+    dataset = open_splits("imagenet", root, 8, seed=3)["pretrain"]
     # 27 of 20 images: across the end of an epoch, which a batch straddles.
     runs = [take(batches(dataset, 3, seed=3, workers=workers), 9) for workers in (0, 1, 2)]
     for other in runs[1:]:
@@ -74,14 +74,14 @@ def test_processes_share_each_batch():
 
 
 def test_the_loader_leaves_the_global_generator_alone(tmp_path):
-    dataset = make_dataset("imagenet", "pretrain", make_folder(tmp_path), 8)
+    dataset = open_splits("imagenet", make_folder(tmp_path), 8)["pretrain"]
     before = torch.get_rng_state()
     next(batches(dataset, 3, seed=0))
     assert torch.equal(before, torch.get_rng_state())
 
 
 def test_max_images_limits_a_stream_to_the_first(tmp_path):
-    dataset = make_dataset("imagenet", "reca", make_folder(tmp_path), 8)
+    dataset = open_splits("imagenet", make_folder(tmp_path), 8)["reca"]
     whole = take(batches(dataset, 5, seed=0), 8)
     few = take(batches(dataset, 5, seed=0, max_images=2), 8)
     assert len(torch.cat([batch["image"] for batch in whole]).unique(dim=0)) > 20
@@ -89,7 +89,7 @@ def test_max_images_limits_a_stream_to_the_first(tmp_path):
 
 
 def test_flips_follow_the_epoch(tmp_path):
-    dataset = make_dataset("imagenet", "pretrain", make_folder(tmp_path, count=30), 8)
+    dataset = open_splits("imagenet", make_folder(tmp_path, count=30), 8)["pretrain"]
     plain = to_tensor([dataset.read(i) for i in range(len(dataset))])
     flipped = []
     for epoch in range(4):
@@ -104,7 +104,7 @@ def test_flips_follow_the_epoch(tmp_path):
 
 
 def test_the_test_split_has_no_flips(tmp_path):
-    dataset = make_dataset("imagenet", "test", make_folder(tmp_path, count=30), 8)
+    dataset = open_splits("imagenet", make_folder(tmp_path, count=30), 8)["test"]
     plain = to_tensor([dataset.read(i) for i in range(len(dataset))])
     for epoch in range(2):
         assert torch.equal(dataset.__getitems__(keys(len(dataset), epoch))["image"], plain)
@@ -182,8 +182,8 @@ def test_sixty_bad_images_of_twelve_kinds_are_named_and_skipped(tmp_path):
         for k in range(200 - len(kinds) - len(good)):
             (folder / f"{k:03d}.png").write_bytes(as_bytes(picture(k + 200 * i)))
     (root / "._resource.jpg").write_bytes(b"not an image, and no part of the folder")
-    dataset = make_dataset("folder", "pretrain", str(root), 8)
-    test = make_dataset("folder", "test", str(root), 8)
+    dataset = open_splits("folder", str(root), 8)["pretrain"]
+    test = open_splits("folder", str(root), 8)["test"]
     assert len(dataset) + len(test) == 1000
     for workers in (0, 2):
         bad_file = tmp_path / f"bad_{workers}.txt"
@@ -201,7 +201,7 @@ def test_two_streams_of_one_folder_name_a_bad_image_once(tmp_path):
     root = make_folder(tmp_path)
     (tmp_path / "train" / "cat" / "004.JPEG").write_bytes(b"no image")
     bad_file = tmp_path / "bad.txt"
-    datasets = [make_dataset("imagenet", split, root, 8) for split in ("reca", "pretrain")]
+    datasets = [open_splits("imagenet", root, 8)[split] for split in ("reca", "pretrain")]
     streams = [batches(dataset, 2, seed=0, bad_file=str(bad_file)) for dataset in datasets]
     for _ in range(10):
         for stream in streams:
@@ -215,7 +215,7 @@ def test_the_next_good_image_stands_in_with_its_own_caption(tmp_path):
     # The last of the cats, which an otter follows; and the very last, which the first follows.
     for path in ("cat/008.JPEG", "cat/009.JPEG", "sea_otter/009.JPEG"):
         (train / path).write_bytes(b"no image")
-    dataset = make_dataset("imagenet", "reca", root, 8)
+    dataset = open_splits("imagenet", root, 8)["reca"]
     batch = dataset.__getitems__([(0, 8), (0, 9), (0, 19)])
     for row, stands_in in enumerate((10, 10, 0)):
         expected = to_tensor([dataset.read(stands_in)])[0]
@@ -229,7 +229,7 @@ def test_the_next_good_image_stands_in_with_its_own_caption(tmp_path):
 
 @pytest.mark.parametrize("error", [MemoryError(), OSError(24, "Too many open files")])
 def test_a_fault_of_the_machine_is_not_blamed_on_the_image(tmp_path, monkeypatch, error):
-    dataset = make_dataset("imagenet", "reca", make_folder(tmp_path), 8)
+    dataset = open_splits("imagenet", make_folder(tmp_path), 8)["reca"]
 
     def fail(path, size):
         raise error
@@ -245,8 +245,8 @@ def test_a_fault_of_the_machine_is_not_blamed_on_the_image(tmp_path, monkeypatch
 
 def test_the_vocabulary_comes_from_the_training_captions(tmp_path):
     root = make_folder(tmp_path)
-    words = make_dataset("imagenet", "pretrain", root, 8).vocabulary.words
-    assert words == make_dataset("imagenet", "test", root, 8).vocabulary.words
+    words = open_splits("imagenet", root, 8)["pretrain"].vocabulary.words
+    assert words == open_splits("imagenet", root, 8)["test"].vocabulary.words
     assert words[:5] == SPECIALS + ["a"], "the most frequent first"
     captions = "a photo picture of an image photograph this is here you see cat sea otter"
     assert set(words[4:]) == set(captions.split())
@@ -255,7 +255,7 @@ def test_the_vocabulary_comes_from_the_training_captions(tmp_path):
 def test_the_vocabulary_of_a_checkpoint_is_kept(tmp_path):
     words = Vocabulary(SPECIALS + ["a", "photo", "of", "cat"])
     root = make_folder(tmp_path)
-    dataset = make_dataset("imagenet", "test", root, 8, vocabulary=words, text_len=5)
+    dataset = open_splits("imagenet", root, 8, vocabulary=words, text_len=5)["test"]
     assert dataset.vocabulary is words
     assert dataset.__getitems__([(0, 0)])["caption"].tolist() == [[1, 4, 5, 6, 4]]
 
@@ -272,7 +272,7 @@ def test_cifar_images_come_as_they_are(tmp_path, monkeypatch):
             self.classes = ["airplane", "automobile"]
 
     monkeypatch.setattr(datasets, "CIFAR10", Cifar)
-    dataset = make_dataset("cifar10", "test", str(tmp_path), 32)
+    dataset = open_splits("cifar10", str(tmp_path), 32)["test"]
     batch = dataset.__getitems__([(0, 0), (0, 3)])
     expected = arrays[[0, 3]].permute(0, 3, 1, 2).float() / 255
     torch.testing.assert_close(batch["image"], expected, atol=1e-6, rtol=0)
@@ -289,7 +289,7 @@ def test_an_absent_download_of_cifar_is_a_sentence(tmp_path, monkeypatch):
 
     monkeypatch.setattr(datasets, "CIFAR10", Absent)
     with pytest.raises(ValueError, match="no route to host"):
-        make_dataset("cifar10", "pretrain", str(tmp_path), 32)
+        open_splits("cifar10", str(tmp_path), 32)["pretrain"]
 
 
 def is_wanted(member) -> bool:
@@ -305,7 +305,7 @@ def test_real_photographs(tmp_path):
         for member in filter(is_wanted, tar):
             tar.extract(member, tmp_path, filter="data")
     (found,) = tmp_path.rglob("classes.tsv")
-    dataset = make_dataset("imagenet", "understand", str(found.parent), 64)
+    dataset = open_splits("imagenet", str(found.parent), 64)["understand"]
     assert len(dataset) > 200
     batch = next(batches(dataset, 32, seed=0, workers=1))
     assert batch["image"].shape == (32, 3, 64, 64)

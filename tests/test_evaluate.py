@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 import evaluate
-from data import make_dataset
+from data import open_splits
 from evaluate import (
     PROMPTS,
     compare,
@@ -311,7 +311,7 @@ def photographs(tmp_path, monkeypatch):
     vocabulary = Vocabulary(SPECIALS + ["a", "photo", "of", "kind0", "kind1"])
     options = dict(data_dir=str(tmp_path), image_size=8, seed=0, text_len=9)
     options["cache_dir"] = str(tmp_path)
-    dataset = make_dataset("imagenet", "test", vocabulary=vocabulary, **options)
+    dataset = open_splits("imagenet", vocabulary=vocabulary, **options)["test"]
     images = dataset.__getitems__([(0, i * 20 // 16) for i in range(16)])["image"]
     proj = torch.nn.Linear(192, 5, bias=False)
 

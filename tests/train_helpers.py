@@ -18,7 +18,8 @@ from unittest.mock import patch
 import torch
 
 import train
-from config import RANK, parse_config
+from cli import RANK
+from config import parse_config
 from engine import DeviceConfig, TrainState
 from words import PAD
 

@@ -95,7 +95,7 @@ shapes | unrecognized
 --dataset imagenet --data_dir {place}/file | a file, not a folder
 --dataset imagenet --data_dir {place}/empty | empty folder
 --dataset imagenet --data_dir {place}/no_train | no train/
---dataset imagenet --data_dir {place}/no_classes | no class folders
+--dataset imagenet --data_dir {place}/no_classes | no train image
 --dataset imagenet --data_dir {place}/bad_photos | can be read
 --dataset folder --data_dir {place}/done | no images
 --encoder clip-b17 | did you mean clip-b16
@@ -227,7 +227,7 @@ def test_help_says_what_a_preset_changes(capsys, monkeypatch):
     text = capsys.readouterr().out
     for name in Config.__dataclass_fields__:
         assert f"--{name} " in text or f"--{name}," in text
-    assert text.count("(default: ") == 44
+    assert text.count("(default: ") == 45
     presets = " ".join(text.partition("presets")[2].split())
     assert "--dataset imagenet, cifar10 or folder: --image_size 64 --patch_size 8" in presets
     assert "--smoke: --encoder_steps 60" in presets
