@@ -89,10 +89,10 @@ PRESETS |= {"these with --image_size 128 or more, also": LARGE, "--smoke": SMOKE
 
 STEPS = ["encoder_steps", "pretrain_steps", "align_steps", "reca_steps"]
 RATES = ["encoder_lr", "pretrain_lr", "align_lr", "reca_lr"]
-# What --resume may change; all else is the run's own.
+# What --resume may change; all else is the run's own. The encoder: another path to its weights.
 RESUME_OVERRIDES = {*STEPS, *RATES, "resume", "out_dir", "data_dir", "cache_dir", "workers"}
 RESUME_OVERRIDES |= {"device", "dtype", "compile", "checkpoint_activations"}
-RESUME_OVERRIDES |= {"grad_accum_steps", "save_every", "log_every", "eval_n"}
+RESUME_OVERRIDES |= {"encoder", "grad_accum_steps", "save_every", "log_every", "eval_n"}
 
 
 def parse_config(argv, description: str = "") -> tuple[Config, dict]:

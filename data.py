@@ -283,17 +283,14 @@ def one_line(path: str) -> str:
 def main() -> None:
     """Show what training would see of a data set, without training; and a contact sheet of it."""
     parser = Parser(description=main.__doc__)
-    parser.add_argument("dataset", choices=DATASETS[1:])
-    parser.add_argument("data_dir", nargs="?", default="", help="the folder of the images")
-    parser.add_argument("--image_size", type=int, default=64, help="side of an image (64)")
-    parser.add_argument(
-        "--text_len", type=int, default=33, help="length of a caption in words (33)"
-    )
-    parser.add_argument("--caption_column", default="", help="of tables of captions")
-    parser.add_argument("--cache_dir", default="", help="folder of file lists (~/.cache/reca)")
-    parser.add_argument(
-        "--out", default="contact_sheet.png", help="the picture (contact_sheet.png)"
-    )
+    add = parser.add_argument
+    add("dataset", choices=DATASETS[1:])
+    add("data_dir", nargs="?", default="", help="the folder of the images")
+    add("--image_size", type=int, default=64, help="side of an image (64)")
+    add("--text_len", type=int, default=33, help="length of a caption in words (33)")
+    add("--caption_column", default="", help="of tables of captions")
+    add("--cache_dir", default="", help="folder of file lists (~/.cache/reca)")
+    add("--out", default="contact_sheet.png", help="the picture (contact_sheet.png)")
     options = vars(parser.parse_args())
     name, out = options.pop("dataset"), options.pop("out")
     with user_errors():

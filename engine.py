@@ -231,7 +231,7 @@ class TrainState:
         if encoder is None and self.is_public:
             encoder = load_encoder(cfg.encoder)
         self.encoder = encoder or ViT(scratch_config(cfg.image_size, cfg.patch_size))
-        self.encoder_hash = encoder_hash(self.encoder) if self.is_public else None
+        self.encoder_hash = encoder_hash(self.encoder) if self.is_public else cfg.encoder
         width, words = self.encoder.cfg.width, len(self.vocabulary)
         sizes = {f.name: getattr(cfg, f.name) for f in fields(ModelConfig) if hasattr(cfg, f.name)}
         eta = float(cfg.dataset == "shapes")  # flat shapes: resample the noise
@@ -275,12 +275,14 @@ class TrainState:
         """Starts from the weights of a checkpoint of stage `starts_from`, or of a later one."""
         saved = read_checkpoint(path)
         try:
-            theirs = saved["model_config"] | {"encoder": saved["encoder"]["name"]}
-            ours = asdict(self.model.cfg) | {"encoder": self.cfg.encoder}
+            theirs, ours = saved["model_config"], asdict(self.model.cfg)
             differ = []
             for name in ours.keys() - {"repeats_per_image", "eta"}:
                 if theirs.get(name) != ours[name]:
                     differ.append(f"{name} is {theirs.get(name)} there and {ours[name]} here")
+            if saved["encoder"]["hash"] != self.encoder_hash:
+                name = saved["encoder"]["name"]
+                differ.append(f"its encoder {name} and {self.cfg.encoder} here are not the same")
             if saved["vocabulary"] != self.vocabulary.words:
                 differ.append("it was trained on other words")
             if differ:

@@ -332,8 +332,9 @@ def report(state: TrainState, names: list[str], model_class) -> None:
     checkpoints, results = [], {}
     with device_config.autocast():
         for name in names:
-            loaded = Checkpoint(out / f"{name}.pt", device_config.device, model_class)
-            # the images may have moved since it was saved
+            # images and encoder may have moved since it was saved
+            encoder = cfg.encoder if state.is_public else ""
+            loaded = Checkpoint(out / f"{name}.pt", device_config.device, model_class, encoder)
             loaded.config |= {"data_dir": cfg.data_dir, "cache_dir": cfg.cache_dir}
             checkpoints.append(loaded)
             results[name] = evaluate.evaluate(loaded, cfg.eval_n, cfg.seed)
@@ -382,10 +383,19 @@ def train(cfg, given: dict, model_class, loss_class, stages: dict[str, Stage]) -
     device_config = DeviceConfig(cfg)
     state = TrainState(cfg, device_config, model_class)
     if saved:
+        if saved["encoder"]["hash"] != state.encoder_hash:
+            text = f"it was trained with {saved['encoder']['name']}, whose weights are others"
+            exit_with_error(f"--encoder {cfg.encoder}: {text}")
         state.parts.load_state_dict(state.parts.state_dict() | saved["parts"])
         state.seconds = saved["seconds"]
         while chosen[0].name != saved["stage"]:
-            chosen.pop(0)
+            over = chosen.pop(0)
+            if f"{over.options}_steps" in given:
+                print0(f"--{over.options}_steps has no effect on stage {over.name}: it is over")
+        option = f"{chosen[0].options}_steps"
+        if getattr(cfg, option) < saved["step"]:
+            text = f"stage {saved['stage']} has done {saved['step']} steps already"
+            exit_with_error(f"--{option} {getattr(cfg, option)}: {text}")
     elif cfg.init_from:
         state.load_checkpoint(cfg.init_from, chosen[0].starts_from)
     if before.get("finished") and not cfg.resume:

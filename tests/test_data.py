@@ -13,6 +13,8 @@ import torch
 from PIL import Image
 
 import data
+import engine
+from config import Config
 from data import batch_indices, batches, open_splits
 from images import to_tensor
 from pictures import as_bytes, make_folder, picture
@@ -195,6 +197,28 @@ def test_sixty_bad_images_of_twelve_kinds_are_named_and_skipped(tmp_path):
         assert set(named_in(bad_file)) == bad
     next(batches(dataset, 900, seed=0, bad_file=str(bad_file)))
     assert len(named_in(bad_file)) == 60, "a resumed run names no image a second time"
+
+
+def test_a_name_with_a_tab_and_a_newline_is_one_line_of_bad_images(tmp_path):
+    root = make_folder(tmp_path)
+    (tmp_path / "train" / "cat" / "a\tb\nc.JPEG").write_bytes(b"no image")
+    bad_file = tmp_path / "bad.txt"
+    dataset = open_splits("imagenet", root, 8)["pretrain"]
+    for _ in range(2):  # a second run adds nothing
+        next(batches(dataset, len(dataset), seed=0, bad_file=str(bad_file)))
+    assert [os.path.basename(path) for path in named_in(bad_file)] == [r"a\tb\nc.JPEG"]
+
+
+@pytest.mark.parametrize("ranks, streams, expected", [(1, 1, 16), (1, 3, 5), (4, 3, 1), (8, 4, 1)])
+def test_loader_processes_share_the_cores_of_the_affinity_mask(
+    ranks, streams, expected, monkeypatch
+):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(16)))
+    monkeypatch.setattr(os, "cpu_count", lambda: 128)
+    monkeypatch.setattr(engine, "LOCAL_WORLD_SIZE", ranks)
+    assert engine.count_workers(Config(dataset="folder"), streams) == expected
+    assert engine.count_workers(Config(dataset="folder", workers=2), streams) == 2
+    assert engine.count_workers(Config(), streams) == 0
 
 
 def test_two_streams_of_one_folder_name_a_bad_image_once(tmp_path):

@@ -8,7 +8,7 @@ import struct
 
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, features
 
 from images import center_crop_resize, decode_image, open_rgb, read_images, to_tensor
 from pictures import as_bytes, picture
@@ -67,6 +67,26 @@ def test_16_bits_keep_their_scale(tmp_path, form):
     (tmp_path / "x").write_bytes(as_bytes(image, form))
     expected = (torch.tensor(values) / 65535).view(1, 3, 3).expand(3, -1, -1)
     torch.testing.assert_close(pixels_of(tmp_path / "x", 3), expected, atol=0.51 / 255, rtol=0)
+
+
+@pytest.mark.parametrize("largest", [1, 255])
+def test_a_tiff_of_floats_is_not_black(tmp_path, largest):
+    """Its values are in [0, 1], or in [0, 255]."""
+    values = torch.linspace(0, 1, 9)
+    image = Image.frombytes("F", (3, 3), struct.pack("<9f", *(values * largest).tolist()))
+    (tmp_path / "x").write_bytes(as_bytes(image, "TIFF"))
+    expected = values.view(1, 3, 3).expand(3, -1, -1)
+    torch.testing.assert_close(pixels_of(tmp_path / "x", 3), expected, atol=0.51 / 255, rtol=0)
+
+
+@pytest.mark.parametrize("form, feature", [("AVIF", "avif"), ("JPEG2000", "jpg_2000")])
+def test_avif_and_jpeg_2000_are_read(tmp_path, form, feature):
+    if not features.check(feature):
+        pytest.skip(f"this Pillow has no {feature}")
+    image = Image.new("RGB", (16, 16), (200, 40, 90))
+    (tmp_path / "x").write_bytes(as_bytes(image, form))
+    expected = torch.tensor([200, 40, 90])[:, None, None].expand(3, 8, 8) / 255
+    torch.testing.assert_close(pixels_of(tmp_path / "x", 8), expected, atol=0.02, rtol=0)
 
 
 def modes_and_formats() -> dict[str, tuple[bytes, torch.Tensor]]:

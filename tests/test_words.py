@@ -36,6 +36,27 @@ def test_a_prompt_that_is_too_long_gets_a_sentence():
         VOCABULARY.encode("a star and " * 6, 18, strict=True)
 
 
+def test_scripts_without_spaces_are_split_by_character():
+    assert split_words("\u4e00\u53ea\u732b, a cat") == [
+        "\u4e00",
+        "\u53ea",
+        "\u732b",
+        ",",
+        "a",
+        "cat",
+    ]
+    assert split_words("caf\u00e9 \ud55c\uad6d") == ["caf\u00e9", "\ud55c\uad6d"], (
+        "these have spaces"
+    )
+
+
+def test_a_closing_full_stop_of_a_prompt_is_dropped_where_captions_have_none():
+    plain = VOCABULARY.encode("a yellow star", 18)
+    assert VOCABULARY.encode("a yellow star.", 18, strict=True) == plain
+    dotted = Vocabulary([*VOCABULARY.words, "."])
+    assert dotted.encode("a star.", 6, strict=True)[3] == dotted.ids["."]
+
+
 def test_decoding_inverts_encoding():
     assert VOCABULARY.decode(VOCABULARY.encode("A yellow star", 18)) == "a yellow star"
     assert VOCABULARY.decode(VOCABULARY.encode("A yellow star", 18)[1:]) == "a yellow star"

@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -32,6 +33,7 @@ from train_helpers import (
     ROOT,
     assert_same,
     at_pretrain_step,
+    hooked,
     interrupted,
     log_lines,
     run,
@@ -286,6 +288,39 @@ def test_out_of_memory_says_how_to_go_on(tmp_path, capsys):
     assert [line["step"] for line in log_lines(tmp_path)] == [4, 8, 12, 14]
 
 
+def test_more_steps_for_a_stage_that_is_over_have_no_effect_and_that_is_said(tmp_path, capsys):
+    options = ["--stage", "all", "--align_steps", 2, "--reca_steps", 4]
+
+    def stop(module, step):
+        if module.stage.name == "sft" and step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(SystemExit):
+        run(tmp_path, "--encoder_steps", 0, *options, loss_class=hooked(stop))
+    before = weights(tmp_path / "pretrain.pt")
+    capsys.readouterr()
+    run(tmp_path, "--resume", "--pretrain_steps", 20)
+    assert "--pretrain_steps has no effect on stage pretrain: it is over" in capsys.readouterr().out
+    assert_same(before, weights(tmp_path / "pretrain.pt"))
+
+
+def test_fewer_steps_than_are_done_are_refused(tmp_path, capsys):
+    interrupted(tmp_path, 8, *PRETRAIN)
+    with pytest.raises(SystemExit) as end:
+        run(tmp_path, "--resume", "--pretrain_steps", 5)
+    assert end.value.code == 2
+    message = capsys.readouterr().err
+    assert "--pretrain_steps 5: stage pretrain has done 8 steps already" in message
+
+
+def test_an_encoder_of_its_own_cannot_be_exchanged(tmp_path, capsys):
+    interrupted(tmp_path, 5, *PRETRAIN)
+    with pytest.raises(SystemExit) as end:
+        run(tmp_path, "--resume", "--encoder", "random")
+    assert end.value.code == 2
+    assert "--encoder random: it was trained with scratch" in capsys.readouterr().err
+
+
 # ---------------------------------------------------------------- photographs
 
 
@@ -311,6 +346,23 @@ def test_photographs_resume_bit_exactly(photographs, tmp_path):
     run(tmp_path / "cut", "--resume")
     for name in ("pretrain", "sft", "reca"):
         assert_same(weights(tmp_path / f"whole/{name}.pt"), weights(tmp_path / f"cut/{name}.pt"))
+
+
+def test_the_encoder_may_move_but_not_change(photographs, tmp_path, capsys):
+    """A run knows its encoder by the hash of the weights, not by where they lie."""
+    here, there = tmp_path / "here", tmp_path / "there"
+    shutil.copytree(ENCODERS / "hf_clip", here)
+    out = interrupted(tmp_path / "out", 7, *photographs, "--encoder", here)
+    here.rename(there)
+    with pytest.raises(SystemExit) as end:
+        run(out, "--resume", "--encoder", ENCODERS / "hf_clip_vision")
+    assert end.value.code == 2
+    assert f"it was trained with {here}, whose weights are others" in capsys.readouterr().err
+    with patch.object(train, "report"):
+        train.main(["--resume", "--out_dir", str(out), "--encoder", str(there)])
+    assert torch.load(out / "reca.pt", weights_only=True)["encoder"]["name"] == str(there)
+    options = [*photographs, "--stage", "reca", "--init_from", out / "pretrain.pt"]
+    run(tmp_path / "more", *options, "--encoder", there)  # the checkpoint knows the old path
 
 
 def test_photographs_may_move(photographs, tmp_path):
