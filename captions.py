@@ -153,36 +153,32 @@ def read_captions(root: str, listing: dict, caption_column: str = "") -> tuple[d
     Raises ValueError for a table of captions that names no image, or that has a damaged row.
     """
     captions, used, unused = defaultdict(list), [], []
-    by_stem = defaultdict(list)
-    if any(entry["texts"] for entry in listing.values()):
-        for folder, entry in listing.items():
-            for name in entry["images"]:
-                by_stem[os.path.splitext(name)[0]].append(join(folder, name))
     sidecars = Counter()
+    tables = defaultdict(list)  # of a folder and a suffix
     for folder, entry in listing.items():
-        images = {os.path.splitext(name)[0]: name for name in entry["images"]}
-        tables = defaultdict(list)
-        for name in entry["texts"]:
+        # A folder of images alone is not looked at: there may be a million of them.
+        texts = [name for name in entry["texts"] if name not in CLASS_LISTS + TRUTHS]
+        images = {os.path.splitext(name)[0]: name for name in entry["images"] if texts}
+        for name in texts:
             stem, suffix = os.path.splitext(name)
             is_beside = stem in images and suffix != ".csv"
             if is_beside and suffix.lower() in SIDECARS:
-                lines = [
-                    " ".join(line.split())
-                    for line in read_text(join(root, folder, name)).splitlines()
-                ]
-                # Two letters, or one that is not English: else boxes or labels in numbers.
-                lines = [line for line in lines if re.search(r"[^\W\d_]{2}|[^\x00-\x7f]", line)]
+                lines = read_sidecar(join(root, folder, name))
                 captions[join(folder, images[stem])] += lines
                 sidecars[suffix.lower() if lines else f"{suffix.lower()} without words"] += 1
-            elif not is_beside and name not in CLASS_LISTS + TRUTHS:
-                tables[suffix].append(join(folder, name))
-        for suffix, paths in tables.items():
-            if len(paths) > MAX_TABLES:
-                unused.append(f"{len(paths)} {suffix} files in {folder or '.'}")
-                continue
-            for path in paths:
-                fact, is_used = use_table(root, path, caption_column, by_stem, captions)
-                (used if is_used else unused).append(fact)
+            elif not is_beside:
+                tables[folder, suffix].append(join(folder, name))
+    by_stem = defaultdict(list)
+    for folder, entry in listing.items() if tables else ():
+        for name in entry["images"]:
+            by_stem[os.path.splitext(name)[0]].append(join(folder, name))
+    for (folder, suffix), paths in tables.items():
+        if len(paths) > MAX_TABLES:
+            unused.append(f"{len(paths)} {suffix} files in {folder or '.'}")
+            continue
+        for path in paths:
+            fact, is_used = use_table(root, path, caption_column, by_stem, captions)
+            (used if is_used else unused).append(fact)
     for suffix, count in sidecars.items():
         (unused if "without" in suffix else used).append(f"{count} {suffix} beside images")
     return {path: texts for path, texts in captions.items() if any(texts)}, used, unused

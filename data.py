@@ -25,7 +25,7 @@ import os
 import random
 import signal
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 
 import torch
 from PIL import Image
@@ -48,10 +48,10 @@ NO_HANDLES = (errno.EMFILE, errno.ENFILE)  # too many open files
 class PackedStrings:
     """A read-only list of strings in one block of memory, which workers share without copies."""
 
-    def __init__(self, strings: Iterable[str]):
-        parts = [string.encode("utf-8", "surrogatepass") for string in strings]
-        self.block = b"".join(parts)
-        self.ends = array("q", itertools.accumulate(map(len, parts), initial=0))
+    def __init__(self, strings: Collection[str]):
+        sizes = (len(string.encode("utf-8", "surrogatepass")) for string in strings)
+        self.ends = array("I", itertools.accumulate(sizes, initial=0))
+        self.block = "".join(strings).encode("utf-8", "surrogatepass")
 
     def __getitem__(self, i: int) -> str:
         if i + 1 >= len(self.ends):
@@ -75,7 +75,8 @@ class CaptionedImages(Dataset):
         self.text_len = text_len
         self.files = PackedStrings(files)
         numbers: dict[str, int] = {}  # images of a class share their captions
-        self.text_ids = array("q", [numbers.setdefault(text, len(numbers)) for text in captions])
+        ids = (numbers.setdefault(text, len(numbers)) for text in captions)
+        self.text_ids = array("I", ids)
         self.texts = PackedStrings(numbers)
         self.vocabulary = vocabulary or Vocabulary.from_captions(numbers)
         self.flip = split != "test"

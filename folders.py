@@ -225,12 +225,12 @@ def read_folder(name: str, data_dir: str, cache_dir: str = "", caption_column: s
     packed = [f"{n} {NOT_READ[s]} files" for s, n in others.items() if s in NOT_READ]
     unpack = f": {', '.join(packed)} are not read, unpack them into images and a metadata.csv"
     unpack = unpack if packed else ""
-    filled = {folder: entry["images"] for folder, entry in listing.items() if entry["images"]}
+    filled = [folder for folder, entry in listing.items() if entry["images"]]
     if not filled:
         looked = f"looked for {' '.join(sorted(SUFFIXES))}"
         raise ValueError(f"no images below {root} ({looked}); {describe_content(root)}{unpack}")
     try:
-        splits, depth = find_splits(name, list(filled))
+        splits, depth = find_splits(name, filled)
     except ValueError as error:
         raise ValueError(f"{root}: {error}") from None
     own, used, unused = read_captions(root, listing, caption_column)
@@ -239,7 +239,7 @@ def read_folder(name: str, data_dir: str, cache_dir: str = "", caption_column: s
         raise ValueError(f"--caption_column {caption_column}: no such column below {root}{looked}")
 
     # the class of each folder, or of images that stand in none, and its captions
-    classes = find_classes(name, list(filled), depth)
+    classes = find_classes(name, filled, depth)
     truth = {}
     if "" in classes.values():
         for path in find_lists(root, listing, TRUTHS):
@@ -252,7 +252,8 @@ def read_folder(name: str, data_dir: str, cache_dir: str = "", caption_column: s
     held_out = "val" if "val" in splits.values() else "test"
     files, captions = {"train": [], "test": []}, {"train": [], "test": []}
     left_out = Counter()
-    for folder, images in filled.items():
+    for folder in filled:
+        images = listing[folder].pop("images")  # a million names: freed folder by folder
         kind = splits.get(folder, "" if splits else "train")
         if kind not in ("train", held_out):
             left_out[folder.split("/")[max(depth, 0)] or "."] += len(images)
