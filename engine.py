@@ -5,6 +5,7 @@ Under torchrun the processes train together with DDP; each draws its own noise, 
 bit-exactly with as many processes as before.
 """
 
+import ctypes
 import json
 import os
 import re
@@ -30,6 +31,7 @@ from data import open_splits
 from encoder import ViT, encoder_hash, scratch_config
 from feature_cache import cache_features, encoder_fingerprint
 from model import ModelConfig, UnifiedModel, resize_for_encoder
+from muon import Muon
 from pretrained import load_encoder
 from sample import FORMAT, read_checkpoint
 
@@ -39,6 +41,7 @@ try:
 except ImportError:  # Windows: no lock on the folder of a run, no memory of a CPU in the log
     fcntl = resource = None
 
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of mallopt(3)
 KEEP_STATES = 2  # how many of the newest states stay on disk
 POLL_EVERY = 10  # steps after which several processes ask each other for a signal
 RNG_MODULES = {"cpu": torch, "cuda": torch.cuda, "mps": torch.mps}
@@ -77,6 +80,8 @@ class DeviceConfig:
         torch.set_float32_matmul_precision("high" if is_cuda else "medium")
         # on a CPU, attention as plain matrix products is faster
         torch.backends.cuda.enable_flash_sdp(is_cuda)
+        if kind == "cpu":
+            keep_freed_memory()
         is_wanted = cfg.compile == "on" or (cfg.compile == "auto" and is_cuda)
         self.compile = is_wanted and can_compile(self.device)
         # the rest of the name must fit as a whole: an H100 NVL is no H100
@@ -102,6 +107,14 @@ class DeviceConfig:
             return torch.mps.driver_allocated_memory() / 2**30
         used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss if resource else 0
         return used / (2**30 if sys.platform == "darwin" else 2**20)  # bytes on macOS, else KiB
+
+
+def keep_freed_memory() -> None:
+    """Linux: what is freed stays with this process, and a step asks the kernel for no pages."""
+    with suppress(OSError, AttributeError, TypeError):  # another C library, or another system
+        libc = ctypes.CDLL(None)
+        libc.mallopt(M_MMAP_MAX, 0)  # large tensors have no mappings of their own ..
+        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)  # .. and the end of the heap is not given back
 
 
 def can_compile(device: torch.device) -> bool:
@@ -150,7 +163,7 @@ def make_optimizers(named_parameters) -> list[torch.optim.Optimizer]:
         if p.requires_grad:
             (matrices if is_matrix else rest).append(p)
     adamw = torch.optim.AdamW(rest, betas=(0.9, 0.95), weight_decay=0, fused=True)
-    return [adamw, torch.optim.Muon(matrices, weight_decay=0, adjust_lr_fn="match_rms_adamw")]
+    return [adamw, Muon(matrices)]
 
 
 def count_workers(cfg, streams: int = 1) -> int:
@@ -178,7 +191,9 @@ def count_flops(loss_module, batch: dict, device_config: DeviceConfig) -> tuple[
     for block in blocks:
         vars(block).pop("forward", None)  # without the activation checkpoints of `wrap_model`
     tokens = []
-    hook = blocks[0].register_forward_hook(lambda *call: tokens.append(call[-1][..., 0].numel()))
+    hook = blocks[0].register_forward_pre_hook(
+        lambda _, args: tokens.append(args[0].shape[:2].numel())
+    )
     with FlopCounterMode(display=False) as counter, device_config.autocast():
         loss, _ = loss_module(micro_batch(batch, 0, n))
         loss.backward()

@@ -126,8 +126,11 @@ class Block(nn.Module):
         self.up_proj = Linear(width, 4 * width)
         self.down_proj = Linear(4 * width, width)
 
-    def forward(self, x, mask=None, context=None, cache=None, layer=0):
-        x = x + self.attn(self.norm1(x), mask=mask, cache=cache, layer=layer)
+    def forward(self, x, mask=None, context=None, cache=None, layer=0, first=0):
+        """x (B, S, D) -> (B, S - first, D): only positions from `first` on are computed."""
+        h = self.norm1(x)
+        attended = self.attn(h[:, first:], context=h, mask=mask, cache=cache, layer=layer)
+        x = x[:, first:] + attended
         if context is not None:
             x = x + self.cross(self.norm_cross(x), context=context)
         return x + self.down_proj(F.gelu(self.up_proj(self.norm2(x))))
@@ -251,10 +254,16 @@ class UnifiedModel(nn.Module):
         return rearrange(rows[:, None] + columns, "h w d -> (h w) d")
 
     # ------------------------------------------------ the transformer
-    def transformer(self, x, mask=None, cache=None):
-        """Embedded positions (B, S, D) -> hidden states (B, S, D). mask: see Attention."""
+    def transformer(self, x, mask=None, cache=None, first=0):
+        """Embedded positions (B, S, D) -> hidden states from `first` on (B, S - first, D).
+
+        mask: see Attention. The states before `first` end with the last block, which skips them.
+        """
         for layer, block in enumerate(self.blocks):
-            x = block(x, mask=mask, cache=cache, layer=layer)
+            if first and block is self.blocks[-1]:
+                x = block(x, mask=mask[first:], cache=cache, layer=layer, first=first)
+            else:
+                x = block(x, mask=mask, cache=cache, layer=layer)
         return self.norm(x)
 
     def word_logits(self, h):
@@ -265,8 +274,9 @@ class UnifiedModel(nn.Module):
         """Logits (B, S + 1, V) of the words after a prefix (B, T, D), given the first S, ids."""
         x = prefix if ids is None else torch.cat([prefix, self.wte(ids)], 1)
         x = x + self.text_pos[: x.shape[1]]
-        h = self.transformer(x, causal_mask(x.shape[1], x.device))
-        return self.word_logits(h[:, prefix.shape[1] - 1 :])
+        mask = causal_mask(x.shape[1], x.device)
+        h = self.transformer(x, mask, first=prefix.shape[1] - 1)  # (B, S + 1, D)
+        return self.word_logits(h)
 
     def predict_image(self, prefix, *inputs):
         """What the image positions predict after a prefix (B, T, D), given what they hold.
@@ -280,7 +290,7 @@ class UnifiedModel(nn.Module):
         image = rearrange(image, "(b r) n d -> b (r n) d", r=repeats)
         x = torch.cat([prefix + self.text_pos[:T], image], 1)  # (B, T + R N, D)
         mask = prefix_mask(T, N, repeats, self.paradigm.causal, x.device)
-        h = self.transformer(x, mask)[:, T:]
+        h = self.transformer(x, mask, first=T)
         return self.paradigm.head(self, rearrange(h, "b (r n) d -> (b r) n d", r=repeats))
 
     # ------------------------------------------------ the same with the prefix read once

@@ -113,7 +113,7 @@ class MaskedCodes(nn.Module):
         return F.linear(h, model.lm_head.weight[model.cfg.vocab_size : -1])
 
     def loss(self, model, prefix, images):
-        """-log p(code_i | prefix, codes not masked), mean over the masked codes.
+        """-log p(code_i | prefix, codes not masked), mean over each image's masked codes.
 
         A share cos(pi u / 2) is masked, u ~ U(0, 1) (arXiv 2202.04200, section 3.3; Show-o, arXiv
         2408.12528). (B, T, D), (B, 3, H, W) in [0, 1] -> scalar.
@@ -123,7 +123,7 @@ class MaskedCodes(nn.Module):
         masked = random_mask(codes.shape[1], torch.cos(math.pi / 2 * u))  # (B, N)
         logits = model.predict_image(prefix, codes.masked_fill(masked, model.cfg.codes))
         nll = F.cross_entropy(logits.transpose(1, 2).float(), codes, reduction="none")  # (B, N)
-        return masked_mean(masked, nll)
+        return masked_mean(masked, nll).mean()
 
     def sample(self, model, prefix, sampling, noise):
         """All codes at once, keep the most confident, and again (arXiv 2202.04200, section 3.2).
@@ -206,7 +206,8 @@ class MaskedAutoregressive(nn.Module):
         x, h, masked = (y.repeat_interleave(MLP_REPEATS, 0) for y in (x, h, masked))
         x_t, t = add_noise(x, sample_times(len(x), x.shape[1], x.device), model.cfg.noise_scale)
         x_pred = self.flow_mlp(x_t, t[..., 0], h)  # (2 B, N, P)
-        return masked_mean(masked, velocity_squared_error(x_pred, x, t).mean(-1))
+        squared_error = velocity_squared_error(x_pred, x, t).mean(-1)  # (2 B, N)
+        return masked_mean(masked, squared_error).mean()
 
     def sample(self, model, prefix, sampling, noise):
         """Patches in random groups, by the flow MLP (section 3.4): (B, T, D) -> (B, 3, H, W)."""
@@ -308,8 +309,8 @@ def unpatchify(patches, patch_size: int):
 
 
 def masked_mean(mask, values):
-    """The mean of the values where mask is true; both of one shape."""
-    return (values * mask).sum() / mask.sum()
+    """The mean of each row where mask is true, 0 where it is nowhere: (B, S), (B, S) -> (B,)."""
+    return (values * mask).sum(1) / mask.sum(1).clamp(min=1)
 
 
 def random_mask(N: int, ratio):

@@ -60,9 +60,9 @@ def drop_prefix(model, prefix, p: float):
 
 
 def text_loss(model, prefix, target):
-    """Next-word cross-entropy after a prefix (B, T, D), mean over the words without <pad>.
+    """Next-word cross-entropy after a prefix (B, T, D), mean over each text's words without <pad>.
 
-    target (B, T): <bos> words <eos> <pad> -> scalar.
+    target (B, T): <bos> words <eos> <pad> -> (B,).
     """
     words = target[:, 1:]  # (B, T - 1), without <bos>
     logits = model.text_logits(prefix, words[:, :-1])  # (B, T - 1, V)
@@ -72,13 +72,16 @@ def text_loss(model, prefix, target):
 def caption_loss(logits, caption):
     """CoCa's captioning loss, -log p(caption | patch tokens) (arXiv 2205.01917, eq. 2).
 
-    logits (B, T, V) of the text decoder, caption (B, T) -> scalar.
+    logits (B, T, V) of the text decoder, caption (B, T) -> (B,).
     """
     return word_cross_entropy(logits[:, :-1], caption[:, 1:])
 
 
 def word_cross_entropy(logits, words):
-    """Mean over all words that are not <pad>. logits (B, S, V), words (B, S) -> scalar."""
+    """Mean over the words of each text that are not <pad>. logits (B, S, V), words (B, S) -> (B,).
+
+    By text, not over all words of the batch: so parts of a batch have the mean of the whole.
+    """
     nll = F.cross_entropy(logits.transpose(1, 2).float(), words, reduction="none")  # (B, S)
     return masked_mean(words != PAD, nll)
 
@@ -87,12 +90,13 @@ def parallel_caption_loss(words, canonical_caption):
     """-log p(word k of the canonical caption | image): parallel prediction (arXiv 2306.07915).
 
     words (B, K, V): visual words, that is probabilities; canonical_caption (B, T), IGNORE_INDEX
-    where a visual word is free -> scalar, the mean over the others. Not in RecA's paper, whose
+    where a visual word is free -> (B,), the mean over the others. Not in RecA's paper, whose
     language models read features as they are; here it makes visual words language.
     """
-    log_p = words.clamp(min=1e-9).log()
+    log_p = words.clamp(min=1e-9).log().transpose(1, 2)  # (B, V, K)
     target = canonical_caption[:, 1:]  # (B, K), without <bos>
-    return F.nll_loss(log_p.flatten(0, 1), target.flatten(), ignore_index=IGNORE_INDEX)
+    nll = F.nll_loss(log_p, target, reduction="none", ignore_index=IGNORE_INDEX)  # (B, K)
+    return masked_mean(target != IGNORE_INDEX, nll)
 
 
 def contrastive_loss(image, text, log_scale, bias):
@@ -131,19 +135,24 @@ def total_loss(model, encoder, batch, weights, text_decoder=None):
         features = understand.get("features")
         words = model.encode_visual_words(encoder, understand["image"], features)  # (B, K, V)
 
+    # one pass for both: {term: (prefix, target)}
+    texts = {}
     if "i2t" in weights:
-        prefix = model.visual_prefix(words)
-        terms["i2t"] = text_loss(model, prefix, understand["caption_target"])
+        texts["i2t"] = model.visual_prefix(words), understand["caption_target"]
     if "t2t" in weights:
-        prefix = model.text_prefix(understand["question"])
-        terms["t2t"] = text_loss(model, prefix, understand["answer"])
+        texts["t2t"] = model.text_prefix(understand["question"]), understand["answer"]
+    if texts:
+        prefix, target = map(torch.cat, zip(*texts.values(), strict=True))
+        losses = text_loss(model, prefix, target).chunk(len(texts))  # each (B,)
+        terms |= {name: loss.mean() for name, loss in zip(texts, losses, strict=True)}
     if "caption" in weights:
-        terms["caption"] = caption_loss(logits, understand["full_caption"])
+        terms["caption"] = caption_loss(logits, understand["full_caption"]).mean()
     if "contrast" in weights:
         scale, bias = text_decoder.log_scale, text_decoder.bias
         terms["contrast"] = contrastive_loss(features.pooled, text, scale, bias)
     if "words" in weights:
-        terms["words"] = parallel_caption_loss(words, understand["canonical_caption"])
+        words_loss = parallel_caption_loss(words, understand["canonical_caption"])  # (B,)
+        terms["words"] = words_loss.mean()
     if "tokenizer" in weights:
         terms["tokenizer"] = F.mse_loss(model.tokenizer(main["image"]), main["image"])
 

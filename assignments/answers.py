@@ -79,7 +79,7 @@ def prefix_that_sees_the_image():
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.3)
     states = []
-    model.norm.register_forward_hook(lambda block, args, out: states.append(out))
+    model.blocks[-1].register_forward_pre_hook(lambda block, args: states.append(args[0]))
     T, N, P = model.cfg.text_len, model.cfg.image_len, 3 * model.cfg.patch_size**2
     prefix, x_t = torch.randn(1, T, 128), torch.randn(1, N, P)
     real_mask = module.prefix_mask

@@ -73,7 +73,7 @@ def main():
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0)
     for step in range(STEPS):
         batch = scenes.__getitems__([(0, step * BATCH + i) for i in range(BATCH)])
-        loss = text_loss(model, model.text_prefix(batch["question"]), batch["answer"])
+        loss = text_loss(model, model.text_prefix(batch["question"]), batch["answer"]).mean()
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

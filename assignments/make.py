@@ -31,7 +31,8 @@ from leaks import Body, find_leaks  # noqa: E402
 
 MODULES = (
     "cli words encoder tokenizer figures images shapes captions folders weights pretrained "
-    "paradigms data model feature_cache captioner recon_loss sample evaluate config engine train"
+    "paradigms data model feature_cache captioner muon recon_loss sample evaluate config engine "
+    "train"
 )
 CODE = [f"{name}.py" for name in MODULES.split()]
 CODE += ["requirements.txt", "pyproject.toml", "LICENSE"]

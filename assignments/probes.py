@@ -320,7 +320,7 @@ def text_loss():
             target[row, length + 1 :] = 0
         loss = text_loss(model, prefix, target)
         yield f"{paradigm}: unequal lengths", loss
-        yield f"{paradigm}: gradients", gradients(loss, model, prefix=prefix)
+        yield f"{paradigm}: gradients", gradients(loss.mean(), model, prefix=prefix)
 
 
 PROBES = {

@@ -25,6 +25,14 @@ def make_model(paradigm="flow", **changes):
     return small(paradigm, **changes)
 
 
+def silence(model):
+    """Lets the blocks of a model add nothing."""
+    for block in model.blocks:
+        block.attn.out_proj.weight.data.zero_()
+        block.down_proj.weight.data.zero_()
+    return model
+
+
 def image_inputs(paradigm, batch=B):
     """What the paradigm's `embed` takes, at random."""
     patches = torch.randn(batch, N, P)
@@ -250,7 +258,7 @@ def test_the_prefix_is_causal_and_never_sees_the_image():
     """Of two models that differ in the image alone, all states of the prefix are equal."""
     model = make_model()
     states = []
-    model.norm.register_forward_hook(lambda module, args, out: states.append(out[:, :T]))
+    model.blocks[-1].register_forward_pre_hook(lambda block, args: states.append(args[0][:, :T]))
     prefix, other = torch.randn(B, T, D), torch.randn(B, T, D)
     model.predict_image(prefix, *image_inputs("flow"))
     model.predict_image(prefix, *image_inputs("flow"))
@@ -276,8 +284,8 @@ def test_repeats_that_share_a_prefix_equal_repeats_apart(paradigm, length):
 
 @pytest.mark.parametrize("paradigm", ["flow", "mask", "ar"])
 @torch.no_grad()
-def test_without_blocks_an_image_position_is_itself(paradigm):
-    model = make_model(paradigm, depth=0)
+def test_where_blocks_add_nothing_an_image_position_is_itself(paradigm):
+    model = silence(make_model(paradigm))
     inputs = image_inputs(paradigm, 2 * B)
     prefix = torch.randn(B, T, D)
     held = model.paradigm.embed(model, *inputs) + model.image_position_embedding()
@@ -351,8 +359,8 @@ def test_logits_are_of_the_next_word(paradigm, length, count):
 
 
 @torch.no_grad()
-def test_without_blocks_logits_are_of_the_last_word_alone():
-    model = make_model("mask", depth=0)
+def test_where_blocks_add_nothing_logits_are_of_the_last_word_alone():
+    model = silence(make_model("mask"))
     prefix, ids = torch.randn(B, 4, D), torch.randint(V, (B, 3))
     logits = model.text_logits(prefix, ids)
     assert_shape(logits, (B, 4, V), "one row of logits after the prefix and after each word")
@@ -441,21 +449,22 @@ class Bigrams(nn.Module):
 TARGET = torch.tensor([[1, 4, 2, 0, 0], [1, 3, 4, 2, 0], [1, 3, 3, 4, 2]])
 
 
-def test_text_loss_is_the_mean_over_all_words():
+def test_text_loss_is_the_mean_over_each_texts_words():
     from recon_loss import text_loss
 
     torch.manual_seed(0)
     model, prefix = Bigrams(), 4 * torch.randn(3, 2, 5)
-    total, count = 0.0, 0
+    means = []
     for row, words in enumerate([[4, 2], [3, 4, 2], [3, 3, 4, 2]]):
-        scores = prefix[row, -1]
+        scores, total = prefix[row, -1], 0.0
         for word in words:
             total -= math.log(math.exp(scores[word]) / sum(math.exp(s) for s in scores))
             scores = model.table[word]
-            count += 1
-    law = "the mean of -log p(word) over all words and <eos> of the batch: 9 here"
+        means.append(total / len(words))
+    law = "of each text the mean of -log p(word) over its words and <eos>: 2, 3 and 4 here"
     loss = text_loss(model, prefix, TARGET)
-    assert_close(loss, torch.tensor(total / count), law)
+    assert loss.shape == (3,), f"a loss for each of the 3 texts, not of shape {tuple(loss.shape)}"
+    assert_close(loss, torch.tensor(means), law)
     assert all(1 not in ids for ids in model.asked if ids is not None), (
         "<bos> is not read again: the prefix stands in its place"
     )
@@ -474,20 +483,20 @@ def test_text_loss_by_hand():
         model.table[4] = torch.tensor([1.0, 1, 2, 2, 2]).log()  # after word 4: <eos> 2 of 8
     prefix = torch.tensor([1.0, 1, 1, 1, 4]).log().view(1, 1, 5)  # first: word 4 has 4 of 8
     loss = text_loss(model, prefix, TARGET[:1])
-    assert_close(loss, torch.tensor(1.03972), "(ln 2 + ln 4) / 2")
+    assert_close(loss, torch.tensor([1.03972]), "(ln 2 + ln 4) / 2")
 
 
 def test_text_loss_learns():
     from recon_loss import text_loss
 
     model, prefix = Bigrams(), torch.randn(3, 2, 5, requires_grad=True)
-    text_loss(model, prefix, TARGET).backward()
+    text_loss(model, prefix, TARGET).sum().backward()
     assert_learns(model.table, "what the model answers")
     assert_learns(prefix, "the prefix")
-    law = "the gradient of a first row of logits: (softmax - one hot) / number of words"
+    law = "the gradient of a first row of logits: (softmax - one hot) / words of its text"
     p = prefix.detach()[:, -1].softmax(-1)
     wanted = torch.stack([p[0] - torch.eye(5)[4], p[1] - torch.eye(5)[3], p[2] - torch.eye(5)[3]])
-    assert_close(prefix.grad[:, -1], wanted / 9, law)
+    assert_close(prefix.grad[:, -1], wanted / torch.tensor([[2.0], [3.0], [4.0]]), law)
     gradient = model.table.grad.abs().sum(1) > 0
     message = "words that are followed by a word: 3 and 4, not <bos>, <eos> or <pad>"
     assert gradient.tolist() == [False, False, False, True, True], message
@@ -514,8 +523,8 @@ def test_text_loss_of_the_model():
     log_p = [model.text_logits(prefix, ids[:, 1 : k + 1])[:, -1].log_softmax(-1) for k in range(4)]
     chosen = [log_p[k][b, ids[b, k + 1]] for k in range(4) for b in range(B)]
     law = "three words and <eos>, each from those before it"
-    assert_close(loss, -torch.stack(chosen).mean(), law)
-    loss.backward()
+    assert_close(loss, -torch.stack(chosen).view(4, B).mean(0), law)
+    loss.sum().backward()
     assert_learns(prefix, "the prefix")
     for name, p in model.blocks.named_parameters():
         assert_learns(p, f"blocks.{name}")

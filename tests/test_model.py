@@ -43,7 +43,7 @@ def test_masks_of_the_image_by_gradient(paradigm, repeats):
     prefix = torch.randn(B, T, D, requires_grad=True)
     image = torch.randn(B * repeats, N, D, requires_grad=True)
     states = []
-    model.norm.register_forward_hook(lambda module, args, out: states.append(out))
+    model.blocks[-1].register_forward_pre_hook(lambda block, args: states.append(args[0]))
     model.paradigm.embed = lambda model, x: x
     out = model.predict_image(prefix, image)
     for row in (0, B * repeats - 1):

@@ -6,6 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import paradigms
+from captioner import TextDecoder
+from engine import micro_batch
 from model import UnifiedModel
 from paradigms import PARADIGMS
 from recon_loss import (
@@ -18,7 +21,19 @@ from recon_loss import (
     text_loss,
     total_loss,
 )
-from small import B, D, T, TinyEncoder, V, random_captions, random_images, small
+from small import (
+    ENCODER_WIDTH,
+    B,
+    D,
+    N,
+    P,
+    T,
+    TinyEncoder,
+    V,
+    random_captions,
+    random_images,
+    small,
+)
 from words import IGNORE_INDEX, PAD
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -108,30 +123,37 @@ def test_text_loss_predicts_each_word_from_those_before_and_no_padding(model):
             if word != PAD:
                 terms.append(-log_p[b, k, word])
     assert len(terms) == 4 * B, "three words and <eos> each"
-    torch.testing.assert_close(text_loss(model, prefix, ids), torch.stack(terms).mean())
+    torch.testing.assert_close(text_loss(model, prefix, ids).mean(), torch.stack(terms).mean())
 
 
 def test_parallel_caption_loss_compares_place_by_place():
     ids = random_captions()
     one_hot = F.one_hot(ids[:, 1:], V).float()
-    assert parallel_caption_loss(one_hot, ids) == 0
-    assert parallel_caption_loss(one_hot.roll(1, 1), ids) > 5
+    assert (parallel_caption_loss(one_hot, ids) == 0).all()
+    assert (parallel_caption_loss(one_hot.roll(1, 1), ids) > 5).all()
     uniform = torch.full((B, T - 1, V), 1 / V)
-    assert parallel_caption_loss(uniform, ids).item() == pytest.approx(math.log(V), rel=1e-5)
+    expected = torch.full((B,), math.log(V))
+    torch.testing.assert_close(parallel_caption_loss(uniform, ids), expected)
 
 
 def test_parallel_caption_loss_leaves_places_free():
     ids, words = random_captions(), torch.rand(B, T - 1, V).softmax(-1)
-    expected = -torch.stack([words[b, k, ids[b, k + 1]].log() for b in range(B) for k in range(2)])
-    ids[:, 3:] = IGNORE_INDEX
-    torch.testing.assert_close(parallel_caption_loss(words, ids), expected.mean())
+    log_p = words.log()
+    first = [log_p[0, k, ids[0, k + 1]] for k in range(2)]
+    second = [log_p[1, k, ids[1, k + 1]] for k in range(4)]
+    ids[0, 3:] = IGNORE_INDEX
+    ids[1, 5:] = IGNORE_INDEX
+    expected = -torch.stack([torch.stack(first).mean(), torch.stack(second).mean()])
+    torch.testing.assert_close(parallel_caption_loss(words, ids), expected)
+    ids[:] = IGNORE_INDEX
+    assert (parallel_caption_loss(words, ids) == 0).all(), "a caption of which no word is known"
 
 
 def test_caption_loss_is_of_the_next_word():
     logits, ids = torch.randn(B, T, V), random_captions()
     log_p = logits.log_softmax(-1)
     terms = [-log_p[b, k, ids[b, k + 1]] for b in range(B) for k in range(4)]
-    torch.testing.assert_close(caption_loss(logits, ids), torch.stack(terms).mean())
+    torch.testing.assert_close(caption_loss(logits, ids).mean(), torch.stack(terms).mean())
 
 
 def test_contrastive_loss_is_the_papers_double_sum():
@@ -159,7 +181,7 @@ def test_total_loss_weighs_its_terms_and_computes_no_other(model):
     expected = 0.5 * terms["i2t"] + 2 * terms["t2t"] + 3 * terms["words"]
     torch.testing.assert_close(loss, expected)
     t2t = text_loss(model, model.text_prefix(understand["question"]), understand["answer"])
-    torch.testing.assert_close(terms["t2t"], t2t)
+    torch.testing.assert_close(terms["t2t"], t2t.mean())
 
 
 def test_total_loss_reads_the_caption_for_t2i(model):
@@ -179,6 +201,76 @@ def test_total_loss_refuses_unknown_terms_and_no_term(model):
         total_loss(model, TinyEncoder(), batch, {"t2i": 1.0, "recno": 1.0})
     with pytest.raises(AssertionError, match="no term"):
         total_loss(model, TinyEncoder(), batch, {})
+
+
+def unequal_captions(count):
+    """<bos>, one to four words, <eos>, <pad>: ids (count, T), the short ones first."""
+    ids = torch.randint(4, V, (count, T))
+    ids[:, 0] = 1
+    for row in range(count):
+        length = 1 + 4 * row // count
+        ids[row, 1 + length] = 2
+        ids[row, 2 + length :] = PAD
+    return ids
+
+
+WITHOUT_NOISE = ["t2i", "recon", "replay", "i2t", "t2t", "words", "caption", "tokenizer"]
+
+
+@pytest.mark.parametrize("term", WITHOUT_NOISE)
+def test_parts_of_a_batch_are_the_whole_batch(term):
+    """Loss and gradient, with captions of unequal lengths, the short ones in one part."""
+    model, encoder = small("ar"), TinyEncoder()
+    model.cond_drop = 0.0
+    decoder = TextDecoder(V, T, D, ENCODER_WIDTH, heads=3)
+    part = {"image": random_images(8)}
+    for name in ("caption", "full_caption", "caption_target", "question", "answer"):
+        part[name] = unequal_captions(8)
+    canonical = unequal_captions(8)
+    part["canonical_caption"] = canonical.masked_fill(canonical == PAD, IGNORE_INDEX)
+    batch = {"main": part, "understand": part, "replay": part}
+    trained = [*model.parameters(), *encoder.parameters(), *decoder.parameters()]
+
+    def loss_and_gradient(parts):
+        total = 0.0
+        for i in range(parts):
+            piece = micro_batch(batch, i, parts)
+            loss, _ = total_loss(model, encoder, piece, {term: 1.0}, decoder)
+            (loss / parts).backward()
+            total += loss.item() / parts
+        gradients = [p.grad.flatten() for p in trained if p.grad is not None]
+        for p in trained:
+            p.grad = None
+        return total, torch.cat(gradients)
+
+    whole, gradient = loss_and_gradient(1)
+    for parts in (2, 4):
+        loss, summed = loss_and_gradient(parts)
+        assert loss == pytest.approx(whole, rel=1e-5)
+        assert (summed - gradient).norm() < 1e-5 * gradient.norm()
+
+
+@pytest.mark.parametrize("paradigm", ["mask", "mar"])
+def test_each_masked_image_counts_alike(paradigm, monkeypatch):
+    """However many of its positions are masked: one of them, or all."""
+    model, images = small(paradigm), random_images(2)
+    model.cond_drop = 0.0
+    masks = torch.ones(2, N, dtype=torch.bool)
+    masks[0, 1:] = False
+    noise = torch.randn(2, N, P)
+    monkeypatch.setattr(paradigms, "MLP_REPEATS", 1)
+    caption = unequal_captions(2)
+
+    def loss_of(rows):
+        monkeypatch.setattr(paradigms, "random_mask", lambda N, ratio: masks[rows])
+        times = torch.full((len(rows), N, 1), 0.5)
+        monkeypatch.setattr(paradigms, "sample_times", lambda *args: times)
+        monkeypatch.setattr(torch, "randn", lambda *args, **options: noise[rows])
+        return t2i_loss(model, caption[rows], images[rows])
+
+    both, first, second = loss_of([0, 1]), loss_of([0]), loss_of([1])
+    torch.testing.assert_close(both, (first + second) / 2)
+    assert abs(first - second) > 0.01 * both
 
 
 ALL_T2I = [(paradigm, "t2i") for paradigm in PARADIGMS]

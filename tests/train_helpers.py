@@ -21,7 +21,6 @@ import train
 from cli import RANK
 from config import parse_config
 from engine import DeviceConfig, TrainState
-from words import PAD
 
 ROOT = Path(train.__file__).parent
 ENCODERS = ROOT / "tests/fixtures/encoder"
@@ -108,30 +107,20 @@ def log_lines(out) -> list[dict]:
 # ---------------------------------------------------------------- several processes
 
 
-class EqualLengths(train.LossModule):
-    """Answers without padding: all processes have the same number of words.
-
-    Products are of float32 factors: oneDNN chooses by the size of a batch what it rounds (AMX).
-    """
+class ExactProducts(train.LossModule):
+    """Products of float32 factors: oneDNN chooses by the size of a batch what it rounds (AMX)."""
 
     def __init__(self, parts, stage):
         super().__init__(parts, stage)
         torch.set_float32_matmul_precision("highest")
 
-    def forward(self, batch):
-        understand = batch["understand"]
-        answer = understand["answer"].masked_fill(understand["answer"] == PAD, 7)
-        return super().forward(batch | {"understand": understand | {"answer": answer}})
 
-
-# a stage of two losses without noise; that of the tokenizer has the same weight in each image
+# a stage of the losses without noise, on captions of unequal lengths
 QUIET = replace(
-    train.STAGES["pretrain"],
-    trains=("transformer", "tokenizer"),
-    losses={"t2t": 1.0, "tokenizer": 1.0},
-    starts_from="",
+    train.STAGES["encoder"],
+    losses={"t2t": 1.0, "caption": 1.0, "words": 1.0, "tokenizer": 1.0},
 )
-QUIET_HOOKS = {"loss_class": EqualLengths, "stages": {"pretrain": QUIET}}
+QUIET_HOOKS = {"loss_class": ExactProducts, "stages": {"encoder": QUIET}}
 
 
 def torchrun(out, *options, processes=2, quiet=False):

@@ -301,7 +301,7 @@ the prefix has no positions
 + x = torch.cat([prefix, image], 1)
 
 states off by one
-- h = self.transformer(x, mask)[:, T:]
+- h = self.transformer(x, mask, first=T)
 + h = self.transformer(x, mask)[:, T - 1 : -1]
 
 repeats mixed with the batch
@@ -326,12 +326,12 @@ the positions of the longest prefix
 """,
     "model.UnifiedModel.text_logits": """
 off by one: from the word after the prefix
-- return self.word_logits(h[:, prefix.shape[1] - 1 :])
-+ return self.word_logits(h[:, prefix.shape[1] :])
+- h = self.transformer(x, mask, first=prefix.shape[1] - 1)  # (B, S + 1, D)
++ h = self.transformer(x, mask, first=prefix.shape[1])
 
 a word attends to later words
-- h = self.transformer(x, causal_mask(x.shape[1], x.device))
-+ h = self.transformer(x)
+- mask = causal_mask(x.shape[1], x.device)
++ mask = torch.ones_like(causal_mask(x.shape[1], x.device))
 
 positions begin anew after the prefix
 - x = x + self.text_pos[: x.shape[1]]
@@ -342,11 +342,11 @@ no positions
 - x = x + self.text_pos[: x.shape[1]]
 
 codes can be written as words
-- return self.word_logits(h[:, prefix.shape[1] - 1 :])
-+ return self.lm_head(h[:, prefix.shape[1] - 1 :])
+- return self.word_logits(h)
++ return self.lm_head(h)
 
 the prefix has its longest length
-- return self.word_logits(h[:, prefix.shape[1] - 1 :])
+- return self.word_logits(h)
 + return self.word_logits(h[:, self.cfg.text_len - 1 :])
 
 the prefix without a gradient
@@ -741,7 +741,7 @@ no shift: each word predicts itself
 
 <pad> is predicted
 - return word_cross_entropy(logits, words)
-+ return F.cross_entropy(logits.transpose(1, 2), words)
++ return F.cross_entropy(logits.transpose(1, 2), words, reduction="none").mean(1)
 
 <eos> is not predicted
 - return word_cross_entropy(logits, words)
@@ -753,12 +753,22 @@ no shift: each word predicts itself
 
 sum instead of mean
 - return word_cross_entropy(logits, words)
-+ return word_cross_entropy(logits, words) * (words != PAD).sum()
++ return word_cross_entropy(logits, words) * (words != PAD).sum(1)
 
-the mean of the rows' means
+one mean over the batch
 - return word_cross_entropy(logits, words)
-+ rows = [word_cross_entropy(logits[i : i + 1], words[i : i + 1]) for i in range(len(words))]
-+ return torch.stack(rows).mean()
++ return word_cross_entropy(logits, words).mean()
+
+one mean over all words, for each text
+- return word_cross_entropy(logits, words)
++ count = (words != PAD).sum(1)
++ loss = word_cross_entropy(logits, words)
++ return ((loss * count).sum() / count.sum()).expand(len(words))
+
+divided by the longest text
+- return word_cross_entropy(logits, words)
++ count = (words != PAD).sum(1)
++ return word_cross_entropy(logits, words) * count / count.max()
 
 logits are clamped
 - return word_cross_entropy(logits, words)

@@ -33,12 +33,13 @@ def test_each_process_draws_its_own_noise(two):
     assert not torch.equal(first, second)
 
 
-QUIET = [*PRETRAIN, "--pretrain_steps", 50, "--paradigm", "ar", "--batch_size", 16]
+QUIET = ["--stage", "encoder", "--log_every", 1, "--warmup", 100, "--encoder_steps", 20]
+QUIET += ["--paradigm", "ar", "--batch_size", 16]
 
 
 @pytest.fixture(scope="module")
 def one(tmp_path_factory):
-    """Fifty steps without noise in one process."""
+    """Twenty steps without noise in one process."""
     out = tmp_path_factory.mktemp("processes") / "one"
     torchrun(out, *QUIET, processes=1, quiet=True)
     return out
@@ -46,16 +47,17 @@ def one(tmp_path_factory):
 
 @pytest.mark.parametrize("parts", [1, 2])
 def test_losses_without_noise_are_those_of_one_process(parts, one, tmp_path):
-    """Where captions have one length: else a word weighs more in a process that has fewer.
+    """Captions have unequal lengths, and each counts alike.
 
     One thread on both sides, and no products in bfloat16: sums in another order round otherwise.
     """
     torchrun(tmp_path / "two", *QUIET, "--grad_accum_steps", parts, quiet=True)
     for a, b in zip(log_lines(one), log_lines(tmp_path / "two"), strict=True):
-        assert abs(a["t2t"] - b["t2t"]) < 2e-5, (a, b)
-        # later, a rounding may turn a code of the tokenizer into the next one
-        assert abs(a["tokenizer"] - b["tokenizer"]) < 1e-5 or a["step"] > 5, (a, b)
-    assert a["step"] == 50
+        for name in ("t2t", "caption", "words", "tokenizer", "grad_norm"):
+            # later, a rounding may turn a code of the tokenizer into the next one
+            limit = 1e-5 if a["step"] <= 5 else 1e-3
+            assert a[name] == pytest.approx(b[name], rel=limit), (name, a, b)
+    assert a["step"] == 20
 
 
 def test_two_processes_resume_bit_exactly(two, tmp_path):
