@@ -318,7 +318,9 @@ def bench(cfg, model_class, loss_class, stages: dict[str, Stage]) -> None:
         loader = repeat({"main": {"image": device_config.move(images)}}, 2 * BENCH_STEPS)
         with suppress(StopIteration):
             train_stage(state, stage, loss_class, engine.Interrupt(), loader=loader)
-        rows.append(way | state.log_entry)
+        rate = state.log_entry["images_per_second"] / cfg.batch_size
+        row = {"dtype": dtype, "compiled": compile == "on", "steps_per_second": rate}
+        rows.append(row | state.log_entry)
     result = {"device": device_config.device_name, "torch": torch.__version__, "rows": rows}
     result |= {"parameters": sum(p.numel() for p in state.model.parameters())}
     if RANK == 0:
